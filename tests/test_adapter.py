@@ -1,0 +1,259 @@
+"""The adapter contract over many layers, with real networks of others, and every way in which a file can be wrong."""
+import copy
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_distill.adapters.dylora import DyLoRA, set_rank
+from lowrank_distill.adapters.lora import LoRA
+from lowrank_distill.core.errors import DamagedFile, InputError
+from lowrank_distill.core.layers import view
+from lowrank_distill.shapes.adapter import adapt, adapted, capabilities, handle_of, load_adapter
+
+SPECS = {'lora': lambda r: LoRA(rank=r), 'dylora': lambda r: DyLoRA(max_rank=r, min_rank=min(1, r)),
+         'frozen': lambda r: DyLoRA(max_rank=r, min_rank=min(1, r), frozen=True),
+         'strict': lambda r: DyLoRA(max_rank=r, min_rank=min(1, r), strict_masking=True)}
+
+
+@st.composite
+def layers(draw):
+    "A layer of any supported kind, in double precision, and an input for it."
+    g = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    batch, groups = draw(st.integers(0, 2)), draw(st.integers(1, 3))
+    inp, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    kind = draw(st.sampled_from(['linear', 'hf', 1, 2, 3]))
+    if kind == 'linear': layer, shape = nn.Linear(inp, out, bias=draw(st.booleans())), (batch, 2, inp)
+    elif kind == 'hf': layer, shape = Conv1D(out, inp), (batch, 2, inp)
+    else:
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[kind - 1]
+        layer = conv(inp, out, draw(st.integers(1, 3)), stride=draw(st.integers(1, 2)), padding=draw(st.integers(0, 2)),
+                     dilation=draw(st.integers(1, 2)), groups=groups)
+        shape = (batch, inp, *[6] * kind)
+    layer = layer.double()
+    with torch.no_grad(): [p.normal_(generator=g) for p in layer.parameters()]
+    return layer, torch.randn(shape, generator=g, dtype=torch.double), g
+
+
+def shake(handle, g):
+    "Numbers other than the start in every trainable parameter."
+    with torch.no_grad(): [p.normal_(generator=g) for p in handle.parameters()]
+
+
+@pytest.mark.parametrize('spec', SPECS)
+@given(data=st.data(), made=layers())
+def test_algebra(spec, data, made):
+    "Identity at start, delta = path, merge = unmerged, unmerge to the bit, off = base, count = formula."
+    layer, x, g = made
+    v = view(layer)
+    rank = data.draw(st.integers(0, min(v.out, v.inp)))
+    net, base = nn.Sequential(layer), copy.deepcopy(layer)
+    handle = adapt(net, SPECS[spec](rank), seed=1)
+    assert torch.equal(net(x), base(x))
+    shake(handle, g)
+    adapter, = handle.layers.values()
+    assert sum(p.numel() for p in handle.parameters()) == adapter.spec.count(v) == rank * (v.out + v.inp)
+    out, weight = net(x), layer.weight.clone()
+    effective = copy.deepcopy(base)
+    with torch.no_grad(): effective.weight += v.weight(adapter.delta())
+    torch.testing.assert_close(out, effective(x), atol=1e-10, rtol=1e-10)
+    handle.merge()
+    torch.testing.assert_close(net(x), out, atol=1e-10, rtol=1e-10)
+    handle.unmerge()
+    assert torch.equal(layer.weight, weight) and torch.equal(net(x), out)
+    with handle.use(): assert torch.equal(net(x), base(x))
+    with handle.use('default', weights=[1.]): assert torch.equal(net(x), out)
+    handle.remove()
+    assert torch.equal(net(x), base(x)) and list(net.state_dict()) == [f'0.{k}' for k in base.state_dict()]
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_rank_beyond_the_layer_is_refused(spec):
+    net = nn.Sequential(nn.Linear(5, 3))
+    with pytest.raises(InputError, match='rank 4 does not fit') as caught: adapt(net, SPECS[spec](4))
+    assert '\n' not in str(caught.value) and not adapted(net) and net[0].weight.requires_grad
+    adapt(net, SPECS[spec](4), rank_pattern={'0': 3})
+
+
+@pytest.mark.parametrize('spec', ['lora', 'dylora', 'strict'])
+def test_base_stays_frozen_and_switch_off_is_the_base(spec):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)), torch.randn(8, 6)
+    before = {k: v.clone() for k, v in net.named_parameters()}
+    handle = adapt(net, SPECS[spec](2))
+    opt = torch.optim.AdamW(handle.parameters(), lr=.1, weight_decay=.1)
+    for _ in range(10):
+        opt.zero_grad()
+        net(x).square().sum().backward()
+        opt.step()
+    now = dict(net.named_parameters())
+    assert all(torch.equal(now[k], v) and now[k].grad is None for k, v in before.items())
+    assert any((p != 0).any() for a in handle.layers.values() for p in a.parameters())
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40, n_positions=16)).eval()
+
+
+def test_hidden_saves_what_the_base_saved(tmp_path):
+    "Inside `hidden()` save_pretrained writes the same bytes, and modules and keys are the base's, one by one."
+    net, tokens = gpt2(), torch.arange(6)[None]
+    net.save_pretrained(tmp_path/'before')
+    modules, keys, logits = [n for n, _ in net.named_modules()], list(net.state_dict()), net(tokens).logits
+    handle = adapt(net, LoRA(rank=2), ['*.c_attn', '*.c_fc'])
+    shake(handle, torch.Generator().manual_seed(0))
+    assert not torch.equal(net(tokens).logits, logits)
+    with handle.hidden():
+        assert [n for n, _ in net.named_modules()] == modules and list(net.state_dict()) == keys
+        assert torch.equal(net(tokens).logits, logits)
+        net.save_pretrained(tmp_path/'after')
+        net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()})
+    files = {p.name: p.read_bytes() for p in (tmp_path/'before').iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (tmp_path/'after').iterdir()} and 'model.safetensors' in files
+    with handle.use(): assert torch.equal(net.generate(tokens, max_new_tokens=4, do_sample=False), gpt2().generate(tokens, max_new_tokens=4, do_sample=False))
+
+
+def test_hidden_puts_back_after_an_error():
+    net = nn.Sequential(nn.Linear(3, 3))
+    handle = adapt(net, LoRA(rank=1))
+    with pytest.raises(KeyError), handle.hidden(): raise KeyError
+    assert list(handle.layers) == ['0']
+
+
+def test_named_adapters_patterns_and_state():
+    net, tokens = gpt2(), torch.arange(6)[None]
+    first = adapt(net, LoRA(rank=2), '*.c_attn', name='first', rank_pattern={'*.h.1.*': 4}, alpha_pattern={'*.h.0.*': 1.})
+    second = adapt(net, DyLoRA(max_rank=3), '*.c_fc', exclude='*.h.1.*', name='second')
+    assert first.table()['rank'].tolist() == [2, 4] and second.table()['rank'].tolist() == [3]
+    assert [a.spec.alpha for a in first.layers.values()] == [1., 16.]
+    [shake(h, torch.Generator().manual_seed(i)) for i, h in enumerate((first, second))]
+    state, out = {k: v.clone() for k, v in net.state_dict().items()}, net(tokens).logits
+    twin = copy.deepcopy(net)
+    shake(handle_of(twin, 'first'), torch.Generator().manual_seed(9))
+    assert not torch.equal(twin(tokens).logits, out) and torch.equal(net(tokens).logits, out)
+    twin.load_state_dict(state)
+    assert torch.equal(twin(tokens).logits, out)
+    with first.use('first'):
+        alone = net(tokens).logits
+        first.merge()
+        torch.testing.assert_close(net(tokens).logits, alone, atol=1e-4, rtol=1e-4)
+        first.unmerge()
+    first.remove()
+    assert not net.lm_head.weight.requires_grad and list(second.layers) == ['transformer.h.0.mlp.c_fc']
+    second.remove()
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_tied_weights_are_an_error_unless_said():
+    net = gpt2()
+    with pytest.raises(InputError, match='shared'): adapt(net, LoRA(rank=2), 'lm_head')
+    handle = adapt(net, LoRA(rank=2), 'lm_head', tied='separate')
+    shake(handle, torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match='shared'): handle.merge()
+    assert not handle.merged
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_capabilities_are_those_of_a_mergeable_adapter(spec):
+    found = capabilities(SPECS[spec](3))
+    assert found == dict(has_delta=True, mergeable=True, input_dependent=False, identity_at_start=True, base_changes=False, needs_statistics=False)
+
+
+# ---- files
+
+def saved(tmp_path, spec=None):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    handle = adapt(net, spec or DyLoRA(max_rank=3))
+    shake(handle, torch.Generator().manual_seed(0))
+    return net, handle, handle.save(tmp_path/'a.safetensors')
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_round_trip_finds_its_method_by_key(tmp_path, spec):
+    net, handle, path = saved(tmp_path, SPECS[spec](3))
+    x, out = torch.randn(3, 6), net(torch.ones(3, 6))
+    handle.remove()
+    again = load_adapter(net, path)
+    assert torch.equal(net(torch.ones(3, 6)), out) and again.table()['rank'].tolist() == [3, 3]
+    with torch.no_grad(): [p.zero_() for p in again.parameters()]
+    again.load(path)
+    assert torch.equal(net(torch.ones(3, 6)), out) and len(x)
+
+
+def rewritten(path, change):
+    "The file with its header document changed, and a checksum that agrees with it."
+    from lowrank_distill.core.files import load_tensors, save_tensors
+    tensors, header = load_tensors(path)
+    change(tensors, header)
+    return save_tensors(path.with_name('b.safetensors'), tensors, header)
+
+
+CHANGES = {
+    'layer missing': lambda t, h: h['layers'].update(nine=h['layers'].pop('0')),
+    'other shape': lambda t, h: h['layers']['0'].update(shape=[7, 6]),
+    'unknown setting': lambda t, h: h['layers']['0']['config'].update(rang=3),
+    'ill-typed setting': lambda t, h: h['layers']['0']['config'].update(max_rank='3'),
+    'unknown method': lambda t, h: h.update(method='dilora'),
+    'not an adapter': lambda t, h: h.pop('layers'),
+    'newer': lambda t, h: h.update(schema=2),
+    'other base': lambda t, h: h['layers']['2'].update(base='0' * 16),
+    'tensor missing': lambda t, h: t.pop('0:a'),
+    'tensor too many': lambda t, h: t.update({'0:c': torch.ones(1)}),
+    'tensor misshapen': lambda t, h: t.update({'0:a': t['0:a'][:1]}),
+    'nan': lambda t, h: t['2:b'].fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_foreign_files_are_refused_and_nothing_is_left(tmp_path, change):
+    net, handle, path = saved(tmp_path)
+    handle.remove()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(InputError) as caught: load_adapter(net, rewritten(path, CHANGES[change]))
+    assert '\n' not in str(caught.value) and not adapted(net) and all(p.requires_grad for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and list(before) == list(net.state_dict())
+
+
+def test_damaged_files_are_refused(tmp_path):
+    "Cuts at every boundary, flips anywhere, a name given twice, a header that claims to be huge."
+    net, handle, path = saved(tmp_path)
+    handle.remove()
+    whole = path.read_bytes()
+    size, = struct.unpack('<Q', whole[:8])
+    g = torch.Generator().manual_seed(0)
+    places = torch.randint(len(whole), (150,), generator=g).tolist()
+    bad = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1:] for i in places]
+    bad += [whole[:i] for i in (0, 7, 8, 9, 8 + size // 2, 8 + size - 1, 8 + size, 8 + size + 1, len(whole) - 1)] + [whole + b'\0']
+    table = whole[8:8 + size].replace(b'"0:b"', b'"0:a"')
+    bad += [struct.pack('<Q', len(table)) + table + whole[8 + size:], struct.pack('<Q', 2**62) + whole[8:], b'hello', json.dumps({}).encode()]
+    for data in bad:
+        path.write_bytes(data)
+        with pytest.raises(DamagedFile) as caught: load_adapter(net, path)
+        assert '\n' not in str(caught.value) and not adapted(net)
+    with pytest.raises(InputError, match='cannot read'): load_adapter(net, tmp_path/'none.safetensors')
+
+
+def test_a_merged_model_saves_the_adapter_of_its_base(tmp_path):
+    net, handle, path = saved(tmp_path)
+    handle.merge()
+    handle.save(tmp_path/'merged.safetensors')
+    assert (tmp_path/'merged.safetensors').read_bytes() == path.read_bytes()
+
+
+def test_unwritable_place(tmp_path):
+    _, handle, _ = saved(tmp_path)
+    (tmp_path/'file').write_text('')
+    with pytest.raises(InputError, match='cannot write'): handle.save(tmp_path/'file'/'a.safetensors')
+
+
+def test_set_rank_bounds():
+    _, handle = (net := nn.Sequential(nn.Linear(6, 5))), adapt(net, DyLoRA(max_rank=3))
+    with pytest.raises(InputError, match='expected: 0 to 3'): set_rank(handle, 4)
+    with pytest.raises(InputError): DyLoRA(max_rank=2, min_rank=3)
