@@ -52,8 +52,7 @@ def catalogue() -> tuple[set[str], dict[str, set[str]]]:
 def import_graph() -> dict[str, set[str]]:
     "Our own modules and what they import of each other, wherever in the file the import stands."
     graph = grimp.build_graph(LIB, cache_dir=None)
-    short = {m: m.removeprefix(LIB).removeprefix('.') for m in graph.modules
-            if not short[m].startswith('_')}  # _modidx: nbdev's index of names
+    short = {m: m.removeprefix(LIB).removeprefix('.') for m in graph.modules}
     return {short[m]: {short[i] for i in graph.find_modules_directly_imported_by(m)} for m in graph.modules
             if not short[m].startswith('_')}  # _modidx: nbdev's index of names
 

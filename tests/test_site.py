@@ -87,7 +87,7 @@ class Page(HTMLParser):
         self.feed(text)
         self.ids = {a['id'] for _, a in self.tags if a.get('id')}
 
-    def handle_starttag(self, tag, attributes): self.tags.append((tag, dict(attributes)))
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
 
     def all(self, tag: str, of_class: str = '') -> list[dict]:
         "Attributes of all such tags, or of those of one class."
@@ -111,11 +111,12 @@ def dead_links(path: Path) -> list[str]:
     "Links of the page at `path` to a file or a place inside a page that is not there."
     dead = []
     for a in read(path).all('a'):
-        address = urlsplit(a.get('href') or '')
+        href = a.get('href') or ''
+        address = urlsplit(href)
         if address.scheme or address.netloc: continue
         target = (path.parent/unquote(address.path)).resolve() if address.path else path
         place = unquote(address.fragment) if target.suffix == '.html' else ''
-        if not target.is_file() or place and place not in read(target).ids: dead.append(a.get('href'))
+        if not target.is_file() or place and place not in read(target).ids: dead.append(href)
     return dead
 
 

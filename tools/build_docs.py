@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,10 +112,10 @@ def prepare_worker(root: str, folder: str) -> None:
 
     from fastcore import docments
     # An annotation in quotes may name what only type checkers import: then the signature shows the text of it.
-    def signature(symbol: object, *, eval_str: bool = False, **kwargs) -> inspect.Signature:
+    def signature(symbol: Callable, *, eval_str: bool = False, **kwargs) -> inspect.Signature:
         try: return inspect.signature(symbol, eval_str=eval_str, **kwargs)
         except NameError: return inspect.signature(symbol, **kwargs)
-    docments.signature = signature
+    docments.signature = signature  # ty: ignore[invalid-assignment]
 
 def process(path: Path) -> tuple[dict, list[str]]:
     "Notebook at `path` after nbdev's processors, and what they complained about; an error is a complaint too."

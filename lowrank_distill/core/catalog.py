@@ -17,7 +17,7 @@ from types import ModuleType
 from .errors import InputError, nearest
 from .files import asset
 
-# %% ../../nbs/core/01_catalog.ipynb #cb5c8f1b
+# %% ../../nbs/core/01_catalog.ipynb #4b6a6b05
 @dataclass(frozen=True, kw_only=True)
 class Page:
     "A page that can be read, required and, where it has parameters, run."
@@ -30,13 +30,13 @@ class Page:
     @property
     def state(self) -> str:
         "'planned', 'built' (its module is there) or 'evidence' (its study is complete as well); probed."
-        from lowrank_distill.core.evidence import state
+        from lowrank_distill.core.runs import state
         return state(self.key, self.module)
 
     @property
     def freshness(self) -> str | None:
         "'fresh', 'own-stale', 'deps-stale', or None where there is no evidence; probed."
-        from lowrank_distill.core.evidence import freshness
+        from lowrank_distill.core.runs import freshness
         return freshness(self.key, self.module)
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,11 +93,12 @@ def _times(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     for factor in reversed(factors): x = factor @ x
     return x
 
-# %% ../../nbs/core/02_linalg.ipynb #cbc72e8b
+# %% ../../nbs/core/02_linalg.ipynb #657a51b4
 def truncation_errors(s: Tensor) -> Tensor:
     "Frobenius errors of the best copies of rank 0, 1, ..., k: (..., k + 1), from `s` (..., k), descending."
-    tail = _spectrum(s, 'truncation_errors').flip(-1).square().cumsum(-1).flip(-1)  # small terms first: less rounding
-    return torch.nn.functional.pad(tail, (0, 1)).sqrt()
+    energy = _spectrum(s, 'truncation_errors').double().square()
+    tail = energy.flip(-1).cumsum(-1).flip(-1)  # the small terms are added first: less rounding
+    return torch.nn.functional.pad(tail, (0, 1)).sqrt().to(s.dtype)
 
 # %% ../../nbs/core/02_linalg.ipynb #819669bb
 def svd_of_product(b: Tensor, a: Tensor, rank: int | None = None) -> LowRank:
@@ -163,12 +164,14 @@ def randomized_svd(w: Tensor | Sequence[Tensor], rank: int, *, oversample: int =
     u, s, vh = torch.linalg.svd(_times([f.mT for f in reversed(factors)], q).mT, full_matrices=False)
     return _strongest(q @ u, s, vh, rank)
 
-# %% ../../nbs/core/02_linalg.ipynb #473be2d2
+# %% ../../nbs/core/02_linalg.ipynb #9027fd40
 def energy_rank(s: Tensor, energy: float = .9) -> Tensor:
     "Least r whose best copy keeps the share `energy` of sum(s^2): int64 (...), 0 if all is 0; `s` (..., k) sorted."
     if not 0 <= energy <= 1: raise InputError('energy_rank: energy is a share', given=energy, expected='0 to 1')
-    kept = torch.nn.functional.pad(_spectrum(s, 'energy_rank').double().square().cumsum(-1), (1, 0))
-    enough = energy * kept[..., -1:] * (1 - 1e-15)  # a tie counts as reached, whatever the last bit says
+    top = _spectrum(s, 'energy_rank')[..., :1].double()
+    kept = (s / torch.where(top > 0, top, 1)).square().cumsum(-1)
+    kept = torch.nn.functional.pad(kept, (1, 0))
+    enough = energy * kept[..., -1:] * (1 - 4e-15)  # a tie counts as reached, whatever the last bit says
     return (kept < enough).sum(-1)
 
 def effective_rank(s: Tensor) -> Tensor:
