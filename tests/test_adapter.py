@@ -98,7 +98,7 @@ def test_base_stays_frozen_and_switch_off_is_the_base(spec):
 
 def gpt2():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40, n_positions=16)).eval()
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40, n_positions=16, bos_token_id=0, eos_token_id=0)).eval()
 
 
 def test_hidden_saves_what_the_base_saved(tmp_path):

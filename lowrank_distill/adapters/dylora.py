@@ -50,7 +50,7 @@ class DyLoRA(AdapterSpec):
 
     def count(self, layer: LayerView) -> int: return self.max_rank * (layer.out + layer.inp)
 
-# %% ../../nbs/adapters/01_dylora.ipynb #7e1e334f
+# %% ../../nbs/adapters/01_dylora.ipynb #c4ddf698
 class DyLoRALayer(Adapter):
     "Factors `a` (max_rank, inp) and `b` (out, max_rank), of which the first `in_use` ranks act."
 
@@ -65,8 +65,9 @@ class DyLoRALayer(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         "`a` (k, inp) and `b` (out, k) of the k ranks in use; in frozen training only the last of them carries a gradient."
         k = self.in_use
-        if self.spec.strict_masking and k: a, b = torch.cat(list(self.a)[:k]), torch.cat(list(self.b)[:k], 1)
-        elif self.spec.strict_masking: a, b = torch.zeros(0, self.layer.inp), torch.zeros(self.layer.out, 0)
+        if self.spec.strict_masking:
+            pieces = max(1, k)  # there is always a piece to take the device and type from
+            a, b = torch.cat(list(self.a)[:pieces])[:k], torch.cat(list(self.b)[:pieces], 1)[:, :k]
         else: a, b = self.a[:k], self.b[:, :k]
         if not (self.spec.frozen and self.training) or k < 2: return a, b
         return torch.cat([a[:-1].detach(), a[-1:]]), torch.cat([b[:, :-1].detach(), b[:, -1:]], 1)

@@ -106,13 +106,15 @@ def _bytes(path: str | Path, limit: int = 2**34) -> bytes:
         return path.read_bytes()
     except OSError as e: raise InputError(f'cannot read {str(path)!r}', given=e.strerror or str(e)) from None
 
-# %% ../../nbs/core/04_files.ipynb #349111e8
+# %% ../../nbs/core/04_files.ipynb #b926e418
 def save_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", header: Mapping[str, object] | None = None) -> Path:
     "Write named tensors and a JSON `header` as one safetensors file with a checksum, atomically."
     from safetensors.torch import save
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    text = json.dumps(dict(header or {}), allow_nan=False, sort_keys=True)
-    data = save(plain, metadata={'header': text, 'sha256': _digest(plain, text)})
+    header = dict(header or {})
+    header['sha256'] = _digest(plain, header)
+    # one metadata entry: the library writes several in no fixed order, and equal adapters should be equal files
+    data = save(plain, metadata={'header': json.dumps(header, allow_nan=False, sort_keys=True)})
     with atomic(path) as new: new.write_bytes(data)
     return Path(path)
 
@@ -125,15 +127,16 @@ def load_tensors(path: str | Path, *, checksum: bool = True, finite: bool = Fals
     meta = _table(data, name).get('__metadata__', {})
     try: tensors = load(data)
     except Exception as e: raise DamagedFile(f'{name}: not a valid safetensors file', given=str(e)) from None
-    text = meta.get('header', '{}')
-    if 'sha256' in meta:
-        if meta['sha256'] != _digest(tensors, text): raise DamagedFile(f'{name}: checksum differs, the file was altered')
-    elif checksum: raise DamagedFile(f'{name}: no checksum, the file was not written by lowrank-distill')
+    header = parse_json(meta.get('header', '{}'), f'{name} (header)')
+    if not isinstance(header, dict): raise DamagedFile(f'{name}: the header is no JSON object')
+    stated = header.pop('sha256', None)
+    if stated is None and checksum: raise DamagedFile(f'{name}: no checksum, the file was not written by lowrank-distill')
+    if stated is not None and stated != _digest(tensors, header): raise DamagedFile(f'{name}: checksum differs, the file was altered')
     bad = [k for k, v in tensors.items() if finite and v.is_floating_point() and not v.isfinite().all()]
     if bad: raise DamagedFile(f'{name}: NaN or infinity', given=bad[0])
-    return tensors, parse_json(text, f'{name} (header)')
+    return tensors, header
 
-# %% ../../nbs/core/04_files.ipynb #970a620d
+# %% ../../nbs/core/04_files.ipynb #d55a6fc2
 def _table(data: bytes, name: str) -> dict:
     "The JSON table at the head of a safetensors file, with repeated names refused."
     if len(data) < 8: raise DamagedFile(f'{name}: truncated', given=f'{len(data)} bytes', expected='at least 8')
@@ -144,9 +147,9 @@ def _table(data: bytes, name: str) -> dict:
     if not isinstance(meta, dict): raise DamagedFile(f'{name}: not a safetensors table')
     return table
 
-def _digest(tensors: "Mapping[str, Tensor]", text: str) -> str:
-    "SHA-256 over names, types, shapes and bytes of all tensors, in the order of their names, and the header's text."
-    return fingerprint({'': text, **{f't.{k}': v for k, v in tensors.items()}}, length=64)
+def _digest(tensors: "Mapping[str, Tensor]", header: Mapping[str, object]) -> str:
+    "SHA-256 over names, types, shapes and bytes of all tensors, in the order of their names, and the header."
+    return fingerprint({'header': json.dumps(header, sort_keys=True, allow_nan=False), 'tensors': dict(tensors)}, length=64)
 
 # %% ../../nbs/core/04_files.ipynb #ad16e536
 def fingerprint(value: object, length: int = 16) -> str:

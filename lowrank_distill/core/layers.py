@@ -47,7 +47,7 @@ def _near(text: str, names: Sequence[str]) -> list[str]:
     tails = {n.rsplit('.', 1)[-1]: f'*.{n.rsplit(".", 1)[-1]}' if '.' in n else n for n in names}
     return nearest(text, names) if '.' in text or '*' in text else [tails[t] for t in nearest(text, tails)]
 
-# %% ../../nbs/core/03_layers.ipynb #1085c9c6
+# %% ../../nbs/core/03_layers.ipynb #1d834140
 @dataclass(frozen=True, kw_only=True)
 class LayerView:
     "A layer seen as a matrix of `out` rows and `inp` columns: how a product B A (rank r) acts on it, and what it adds to the weight."
@@ -77,6 +77,7 @@ class LayerView:
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         "A x: from the layer's input to r numbers (tokens) or r maps a group (convolutions); `a` is (r, inp)."
         if self.kind != 'conv': return F.linear(x, a)
+        if not len(a): a = a.new_zeros(1, self.inp)  # rank 0: convolutions refuse to have no filter
         filters = a.reshape(-1, *self.shape[1:]).repeat(self.groups, *[1] * (len(self.shape) - 1))
         padding = self.padding
         if self.padding_mode != 'zeros': x, padding = F.pad(x, self.edges, mode=self.padding_mode), 0
@@ -86,6 +87,7 @@ class LayerView:
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         "B h: from r numbers or maps to the layer's output; `b` is (out, r)."
         if self.kind != 'conv': return F.linear(h, b)
+        if not b.shape[1]: b = b.new_zeros(self.out, 1)
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.shape) - 3]
         return conv(h, b.reshape(self.out, -1, *[1] * (len(self.shape) - 2)), groups=self.groups)
 
