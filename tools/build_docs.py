@@ -274,7 +274,7 @@ def missing_math(page: Page, cells: list[dict]) -> list[str]:
 def tracks_page(site: Site) -> str:
     "The eight tracks as tables: each page with its link where it is built, its state and its verdict where it has one."
     from lowrank_distill.core.catalog import methods, page, tracks
-    by_name, short = {p.name: p for p in site.pages}, {m.key: m.short for m in methods()}
+    names, short, said = {p.name for p in site.pages}, {m.key: m.short for m in methods()}, verdicts()
     text = ['# Reading path', '', '> Eight questions, each with the pages that answer it in the order of reading.', '']
     for track in tracks():
         text += [f'## {track.number} {track.title}', '', f'**{track.question}**', '',
@@ -283,14 +283,21 @@ def tracks_page(site: Site) -> str:
             record = page(key)
             name = record.module.replace('.', '/').lower()
             label = short.get(key, key)
-            linked = f'[{label}]({name}.ipynb)' if name in by_name else label
-            text.append(f'| {linked} | {record.title} | {record.state} | {verdict(key, record.state)} |')
+            linked = f'[{label}]({name}.ipynb)' if name in names else label
+            text.append(f'| {linked} | {record.title} | {record.state} | {said.get(key, "")} |')
         text.append('')
     return '\n'.join(text)
 
-def verdict(key: str, state: str) -> str:
-    "The verdict of a method's stored study, empty where there is none."
-    return ''
+def verdicts() -> dict[str, str]:
+    "The verdict of each stored study's primary claim, one a scale; the whole sentence shows under the pointer."
+    from lowrank_distill.core.catalog import methods
+    from lowrank_distill.core.runs import evidence_table
+    said: dict[str, list[str]] = {}
+    for row in evidence_table({m.key: m.module for m in methods()}).itertuples():
+        remarks = ', '.join([row.scale, *([] if row.freshness == 'fresh' else [row.freshness])])
+        sentence = html.escape(row.sentence).replace('|', '&#124;')
+        said.setdefault(row.key, []).append(f'<abbr title="{sentence}">{row.verdict}</abbr> ({remarks})')
+    return {key: '<br>'.join(lines) for key, lines in said.items()}
 
 def contents(pages: list[Page]) -> str:
     "The side bar: sections in the order of reading, pages in the order of their numbers; unknown folders come last."
