@@ -121,13 +121,15 @@ def process(path: Path) -> tuple[dict, list[str]]:
     "Notebook at `path` after nbdev's processors, and what they complained about; an error is a complaint too."
     from fastcore.nbio import nb2str, read_nb
     from nbdev.processors import FilterDefaults
+    class Steps(FilterDefaults):  # all but two: `convert` puts signatures in their place
+        def base_procs(self): return [p for p in super().base_procs() if p.__name__ not in ('add_fold', 'mv_exports')]
     own = sys.modules['__main__']
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         try:
             nb = read_nb(path)
-            FilterDefaults()(nb)
-        except Exception as e: return {'cells': []}, [f'{path.name}: {e}']
+            Steps()(nb)
+        except Exception as e: return {'cells': []}, [f'{path.name}: {type(e).__name__}: {e}']
         finally: sys.modules['__main__'] = own  # the shell that runs the cells put its own there
     ours = [w for w in caught if {'nbdev', 'fastcore'} & set(Path(w.filename).parts) and w.category is UserWarning]
     return json.loads(nb2str(nb)), [f'{path.name}: {w.message}' for w in ours]

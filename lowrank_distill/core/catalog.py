@@ -131,14 +131,15 @@ def load(key: str) -> ModuleType:
         raise InputError(f'{key!r} is planned, not built', expected='a built method', nearest=nearest(key, built) if built else ())
     return import_module(f'lowrank_distill.{p.module}')
 
-# %% ../../nbs/core/01_catalog.ipynb #06de3f37
+# %% ../../nbs/core/01_catalog.ipynb #3f0fed43
 def notebook(key: str) -> Path:
-    "Path of the notebook of page `key`; `InputError` where the page is planned only."
-    p = page(key)
-    *folder, name = p.module.split('.')
+    "Path of the notebook of page `key`, or of a module ('core.files'); `InputError` where the page is planned only."
+    known = {p.key: p.module for p in pages()}
+    *folder, name = known.get(key, key).split('.')
     top = asset('').parent.parent
     bases = [top/'nbs', top] if (top/'nbs').is_dir() else [asset('')/'notebooks'/'nbs', asset('')/'notebooks']
     for base in bases:
         for path in sorted(base.joinpath(*folder).glob('*.ipynb')):
             if name in (path.stem, path.stem.partition('_')[2]): return path
+    page(key)
     raise InputError(f'{key!r} has no notebook yet', expected=f'a page that is built; {key!r} is planned')
