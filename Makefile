@@ -11,10 +11,23 @@ demo: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest -n 2 -q --durations=10
 
+lab: .venv/ready
+	.venv/bin/jupyter lab nbs
+
+docs: .venv/ready
+	$(PY) tools/build_docs.py
+
+evidence: .venv/ready
+	$(CLI) evidence
+
+clean:
+	rm -rf docs/_html docs/_src docs/_nbs _proc runs build dist
+
 # the stamp lives inside .venv: a half-made environment is made again, a changed pin updates it
 .venv/ready: constraints.txt settings.ini pyproject.toml setup.py
+	@echo "making the environment (two to three minutes)"
 	python3 -m venv .venv
 	.venv/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test lab docs evidence clean

@@ -106,7 +106,7 @@ _TEMPLATE = """{%- extends 'classic/base.html.j2' -%}
 _PLOTLY = 'application/vnd.plotly.v1+json'
 _KINDS = (_PLOTLY, 'image/svg+xml', 'image/png', 'image/jpeg', 'image/webp', 'image/gif', 'text/html', 'text/markdown', 'text/latex', 'text/plain')
 
-# %% ../../nbs/reports/01_html.ipynb #24bf7a19
+# %% ../../nbs/reports/01_html.ipynb #c0ff8fca
 def _other(data: Mapping[str, object]) -> str:
     "HTML of an output that nbconvert does not know: a plotly figure as inert data, a WebP or GIF picture."
     if _PLOTLY in data:
@@ -125,7 +125,7 @@ def cells_html(nb: Mapping) -> str:
                             config=Config(NbConvertBase=dict(display_data_priority=list(_KINDS))))
     exporter.register_filter('clean_html', sanitise)
     exporter.register_filter('other_output', _other)
-    return exporter.from_notebook_node(nbformat.from_dict(_prepared(nb)))[0]
+    return exporter.from_notebook_node(nbformat.reads(json.dumps(_prepared(nb)), 4))[0]  # joins texts stored as lists of lines
 
 # %% ../../nbs/reports/01_html.ipynb #1e5d6ef8
 _CSS_PAGE = """

@@ -518,7 +518,7 @@ def perform(plan: Plan, resume: bool = True, html: bool = True, progress: bool |
     text = f'{plan.name}: {where}{(stopped.error or "").partition(chr(10))[0]}; what was done is in {folder}'
     raise (Interrupted if stopped.status == 'interrupted' else RunFailed)(text)
 
-# %% ../../nbs/reports/00_run.ipynb #42a972c6
+# %% ../../nbs/reports/00_run.ipynb #b889df35
 def _fill(plan: Plan, work: Path, html: bool, progress, timeout: int | None, kernel: str) -> Event | None:
     "Execute `plan` in the folder `work` and write all of its files; the event that stopped it, or None."
     began = time.perf_counter()
@@ -527,7 +527,10 @@ def _fill(plan: Plan, work: Path, html: bool, progress, timeout: int | None, ker
     _write_notebook(nb, work/f'{plan.name}.ipynb')
     write_json(work/'metrics.json', collect_metrics(nb))
     write_json(work/'provenance.json', provenance(plan, time.perf_counter() - began))
-    if html: _write_html(plan, work)
+    try:
+        if html: _write_html(plan, work)
+    except OSError: raise
+    except Exception as e: stopped = stopped or Event(0, 0, '', '', 'failed', error=f'the page could not be made: {type(e).__name__}: {e}')
     files = _checksums(work, (f'{plan.name}.ipynb', 'metrics.json', 'provenance.json'))
     _say(work, stopped.status if stopped else 'done', stopped, files=files, evidence=_evidence(plan.name))
     return stopped
