@@ -35,7 +35,7 @@ def test_a_run_and_the_same_run_again(tmp_path):
     path = page(tmp_path, EMIT, HTML)
     first = run(path, dict(size='4'), tmp_path/'runs', progress=False)
     assert first.status == 'done' and first.metrics == dict(value=8., at='cpu')
-    assert {p.name for p in first.folder.iterdir()} == {'page.ipynb', 'page.html', 'assets', 'metrics.json', 'provenance.json', 'events.jsonl', 'status.json'}
+    assert {p.name for p in first.folder.iterdir()} == {'page.ipynb', 'page.html', 'metrics.json', 'provenance.json', 'events.jsonl', 'status.json'}
     assert json.loads((first.folder/'status.json').read_text())['status'] == 'done'
     text = '\n'.join((first.folder/n).read_text() for n in ('provenance.json', 'page.ipynb', 'status.json'))
     assert str(tmp_path) not in text and os.path.expanduser('~') not in text

@@ -43,9 +43,10 @@ def write_probe(path: Path) -> None:
     write_notebook(
         path, title, code('#| default_exp probe', 'hide-input'),
         code('scale: str = "cpu"', 'parameters', 'hide-input'),
-        markdown('Names: `nearest`, `InputError`, `Streams.seed()`, `no_such_name`. A formula: $\\hat x = \\sum x_i$. '
+        markdown('Names: `nearest`, `InputError`, `Streams.seed()`, `no_such_name`, `test_eq`. A formula: $\\hat x = \\sum x_i$. '
                  'Files: [errors](core/00_errors.ipynb), [the licence](../LICENSE).'),
         code('plain', **FIGURE), code('hidden', 'hide-output', **FIGURE), code('slider', **WIDGET),
+        code('table', **{'text/markdown': '| page | n |\n|---|---|\n| [errors](core/00_errors.ipynb#one-line-a-mistake) | 1 |'}),
         code('picture', **{'image/webp': 'UklGRhoAAABXRUJQVlA4TA0AAAAvAAAAEAcQERGIiP4HAA=='}),
         code('answer = 1\nassert answer', 'hide-cell', 'solution'), markdown('## `nearest` in a heading'))
 
@@ -175,6 +176,7 @@ def probe(site) -> Page: return read(site/'zz_probe.html')
 def test_symbols_link(site, probe):
     links = {a['href'] for a in probe.all('a', 'symbol')}
     assert links == {'core/errors.html#api-nearest', 'core/errors.html#api-InputError', 'core/streams.html#api-Streams'}
+    assert not [a for a in probe.all('a') if 'test_eq' in (a.get('href') or '')]  # fastcore's
 
 def test_files_link(probe):
     "A notebook leads to its page; a file without a page leaves its name only."
@@ -189,9 +191,10 @@ def test_folds(site, probe):
     for name in ('Parameters', 'Show the result', 'A solution'): assert f'collapsed admonition-title">{name}<' in text
 
 def test_outputs(site, probe):
-    "Figures are data until they are looked at, a picture is inside the page, a widget says that it is one."
+    "Figures are data until they are looked at, a picture is inside the page, a table a table, a widget says what it is."
     assert len(probe.all('div', 'plotly-lazy')) == 2
-    assert [a for a in probe.all('img') if a['src'].startswith('data:image/webp')]
+    assert [a for a in probe.all('img') if a['src'].startswith('data:image/webp')] and probe.all('td')
+    assert 'core/errors.html#one-line-a-mistake' in {a.get('href') for a in probe.all('a')}
     assert 'A widget: open the notebook to use it.' in (site/'zz_probe.html').read_text(encoding='utf-8')
 
 def test_in_a_browser(site):

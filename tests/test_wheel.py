@@ -66,4 +66,4 @@ def test_run(cli, tmp_path):
     assert list(tmp_path.rglob('*.html'))
 
 def test_a_failing_command_is_found(cli):
-    with pytest.raises(AssertionError, match='dylor'): cli('show', 'dylor')
+    with pytest.raises(AssertionError, match="nearest: 'dylora'"): cli('show', 'dylor')

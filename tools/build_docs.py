@@ -111,11 +111,14 @@ def prepare_worker(root: str, folder: str) -> None:
     import inspect
 
     from fastcore import docments
+    from nbdev import processors
     # An annotation in quotes may name what only type checkers import: then the signature shows the text of it.
     def signature(symbol: Callable, *, eval_str: bool = False, **kwargs) -> inspect.Signature:
         try: return inspect.signature(symbol, eval_str=eval_str, **kwargs)
         except NameError: return inspect.signature(symbol, **kwargs)
     docments.signature = signature  # ty: ignore[invalid-assignment]
+    # Backticks link to our own names only, not to those of nbdev and its friends (`make` is one).
+    processors.NbdevLookup = functools.partial(processors.NbdevLookup, incl_libs='lowrank-distill')
 
 def process(path: Path) -> tuple[dict, list[str]]:
     "Notebook at `path` after nbdev's processors, and what they complained about; an error is a complaint too."
@@ -332,6 +335,8 @@ def write_sources(site: Site, notebooks: list[dict], folder: Path) -> list[str]:
         cells = converted[p.name]
         for c in cells:
             if c['cell_type'] == 'markdown': c['source'] = link(site, p, c['source'])
+            for data in (o['data'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})):
+                data['text/markdown'] = link(site, p, ''.join(data['text/markdown']))
         if p.name == 'index': cells.append(markdown(contents(site.pages), 'contents'))
         warned += missing_math(p, cells)
         nb = {'cells': cells, 'metadata': LANGUAGE, 'nbformat': 4, 'nbformat_minor': 5}
@@ -365,6 +370,7 @@ def run_sphinx(source: Path, static: Path, out: Path) -> list[str]:
     settings = {
         'project': 'lowrank-distill', 'extensions': ['myst_nb'], 'html_theme': 'furo', 'html_title': 'lowrank-distill',
         'nb_execution_mode': 'off', 'nb_ipywidgets_js': {}, 'nb_merge_streams': True,
+        'nb_render_markdown_format': 'myst',
         'myst_enable_extensions': ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline'], 'myst_heading_anchors': 3,
         'mathjax_path': 'tex-svg.js', 'html_static_path': [str(static)], 'html_css_files': ['site.css'],
         'html_js_files': ['lazy.js'] if (static/'lazy.js').exists() else [], 'html_show_sourcelink': False,

@@ -8,7 +8,7 @@ __all__ = ['SCHEMA', 'ENVIRONMENT', 'FIELDS', 'Job', 'tune_jobs', 'final_jobs', 
            'resolve_device', 'run_one', 'one_thread', 'Summary', 'execute', 'declare', 'open_book', 'Results',
            'age_note', 'results', 'state', 'freshness', 'documents', 'evidence_table']
 
-# %% ../../nbs/core/07b_runs.ipynb #63af1869
+# %% ../../nbs/core/07b_runs.ipynb #a1204a2a
 import contextlib
 import json
 import math
@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,7 +33,7 @@ from .evidence import SCALES, Claim, Study, Verdict, config_text, is_number, jud
 from .files import read_json, writable_folder, write_json
 from .fingerprints import code_fingerprint, file_hash, find_module, package_root, read_source
 
-# %% ../../nbs/core/07b_runs.ipynb #0b784b64
+# %% ../../nbs/core/07b_runs.ipynb #bf4a7283
 class Job(NamedTuple):
     "One run of one arm; the configuration is its JSON text, '' where tuning has not chosen yet."
     phase: str
@@ -59,7 +59,7 @@ def seed_list(declaration: Mapping, seeds: int = 0) -> list[int]:
     declared, tuning = list(declaration['seeds']), set(declaration['tune_seeds'])
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 0: raise InputError('seeds', given=seeds, expected='a whole number, 0: as declared')
     more = (s for s in range(max(declared) + 1, max(declared) + 1 + seeds + len(tuning)) if s not in tuning)
-    return (declared + [s for s, _ in zip(more, range(seeds - len(declared)))])[:seeds or None]
+    return (declared + [s for s, _ in zip(more, range(seeds - len(declared)), strict=False)])[:seeds or None]
 
 # %% ../../nbs/core/07b_runs.ipynb #206a93f9
 SCHEMA = 1

@@ -7,13 +7,14 @@ __all__ = ['Interval', 'Parameter', 'read_parameters', 'check_parameters', 'Plan
            'headings', 'ProgressEngine', 'execute_cells', 'collect_metrics', 'provenance', 'scrub', 'Result', 'run',
            'perform']
 
-# %% ../../nbs/reports/00_run.ipynb #9a534d59
+# %% ../../nbs/reports/00_run.ipynb #52154624
 import ast
 import contextlib
 import fcntl
-import importlib.util
+import gc
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -186,7 +187,7 @@ def prepare(key_or_path: str | Path, parameters: Mapping[str, object] | None = N
     same = [[c['cell_type'], _tags(c), _source(c)] for c in nb['cells']], full, _code(), _named_files(full)
     return Plan(name, nb, full, {k: v for k, v in full.items() if v != defaults[k]}, writable_folder(out), fingerprint(same, 10))
 
-# %% ../../nbs/reports/00_run.ipynb #6cdc33a4
+# %% ../../nbs/reports/00_run.ipynb #a2669c8c
 def check_device(device: str):
     "`InputError` where `device` names an accelerator that this machine does not have; 'auto' and 'cpu' are always there."
     if device in ('auto', 'cpu'): return
@@ -211,7 +212,8 @@ def _named_files(parameters: Mapping[str, object]) -> dict[str, bytes]:
     for value in (str(o) for o in parameters.values() if isinstance(o, str) and o):
         stem = value.partition(':')[0].replace('.', '/')
         tries = [value] + [f'{top or "."}/{stem}{end}' for top in ('.', *sys.path) for end in ('.py', '/__init__.py') if ':' in value]
-        found |= {value: p.read_bytes() for p in (Path(o) for o in reversed(tries)) if p.is_file()}
+        for p in map(Path, reversed(tries)):
+            if p.is_file(): found[value] = p.read_bytes()
     return found
 
 def _evidence(name: str) -> str:
@@ -314,7 +316,7 @@ class ProgressEngine(Engine):
 
 papermill_engines.register('lowrank', ProgressEngine)
 
-# %% ../../nbs/reports/00_run.ipynb #3686d0c8
+# %% ../../nbs/reports/00_run.ipynb #4c67364b
 def execute_cells(nb: Mapping, parameters: Mapping[str, object], tell: Callable[[Event, Callable[[], dict]], None], *, cwd: str | Path | None = None,
                   timeout: int | None = None, kernel: str = 'python3') -> tuple[dict, Event | None]:
     """Execute `nb` (JSON) with `parameters` injected, by Papermill: `(executed, None)`, or with the event of the cell that it stopped at.
@@ -326,11 +328,21 @@ def execute_cells(nb: Mapping, parameters: Mapping[str, object], tell: Callable[
     keep, events = [], []
     env = os.environ | {'PLOTLY_RENDERER': 'plotly_mimetype', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
     def note(event: Event): events.append(event); tell(event, lambda: _plain(keep[0]))
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, _quiet():
         with contextlib.suppress(PapermillExecutionError):  # the last event says it
             execute_notebook(nbformat.from_dict(nb), None, dict(parameters), engine_name='lowrank', kernel_name=kernel, language='python', cwd=cwd,
                              progress_bar=False, tell=note, keep=keep, log=log, env=env, timeout=timeout)
     return _plain(keep[0]), events[-1] if events and events[-1].status != 'done' else None
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    "Without asyncio's remark on the cell that was waiting when its kernel was ended: how it ended is told by the last event."
+    logger = logging.getLogger('asyncio')
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+        gc.collect()  # the remark is made when the task is collected
+    finally: logger.disabled = before
 
 def _plain(nb) -> dict:
     "JSON of a notebook that Papermill executes, without its marks; the parameters that were injected stay in the metadata."
