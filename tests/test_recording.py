@@ -71,6 +71,17 @@ def test_rows_come_back(rows, run, seed, every, cut):
         check(kept)
 
 
+def test_order_is_by_run_and_seed(tmp_path):
+    "Whatever the files are called: runs by name, seeds by number, rows as they were written (not by step)."
+    for run, seed in (('b', 10), ('b', 2), ('a', 7), ('b', -1)):
+        with Recorder(tmp_path, run, seed, flush_every=1) as recorder:
+            for step in (5, 3, 4): recorder.scalar('loss', 0., step)
+    frame = read(tmp_path).frame
+    assert list(zip(frame['run'], frame['seed'], frame['step'], strict=True)) == [
+        (run, seed, step) for run, seed in (('a', 7), ('b', -1), ('b', 2), ('b', 10)) for step in (5, 3, 4)]
+    assert frame.index.equals(pd.RangeIndex(12))
+
+
 def test_strange_texts_are_data(tmp_path):
     "Markup, line breaks and separators in names are kept as they are, and reach no file's name."
     strange = ['<img src=x onerror=alert(1)>', '../../up', 'a/b', 'a b', 'a\nb\0', '"', '', '\N{SNOWMAN}' * 200]

@@ -1,4 +1,5 @@
 """Running pages: what is refused, what a run leaves, what a failed or stopped one leaves, and that nothing is repeated."""
+import base64
 import json
 import os
 import re
@@ -28,7 +29,9 @@ def page(folder, *cells, parameters=PARAMETERS):
 
 
 EMIT = 'from lowrank_distill.core.recording import emit\nemit(value=2. * size, at=scale)'
-HTML = 'from IPython.display import HTML, display\ndisplay(HTML("<b>kept</b><script>alert(1)</script><img src=x onerror=alert(2)>"))'
+MARKUP = '<b>kept</b><script>alert(1)</script><img src=x onerror=alert(2)>'  # encoded below: a page also shows its code
+HTML = (f'import base64\nfrom IPython.display import HTML, display\n'
+        f'display(HTML(base64.b64decode({base64.b64encode(MARKUP.encode())!r}).decode()))')
 
 
 def test_a_run_and_the_same_run_again(tmp_path):

@@ -77,7 +77,7 @@ def _whole(what: str, value: object, low: int = 0) -> int:
     if low <= number < 2**63: return number
     raise InputError(f'record: {what} is not a whole number', given=value, expected=f'>= {low}')
 
-# %% ../../nbs/core/06_recording.ipynb #0c339146
+# %% ../../nbs/core/06_recording.ipynb #3ce60b86
 def _number(name: str, value: object) -> float:
     "`value` as a float: a real number, or a tensor or array that holds one."
     try:
@@ -95,8 +95,8 @@ def _numbers(name: str, values: object) -> list[float]:
     raise InputError(f'record {name!r}: no vector', given=getattr(values, 'shape', values), expected='one dimension')
 
 def _dense(name: str, value: object) -> Tensor:
-    "`value` as a tensor that a file can hold, without its graph."
-    try: kept = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    "`value` as a tensor that a file can hold."
+    try: kept = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     except (TypeError, ValueError): kept = torch.empty(0, device='meta')
     if kept.layout == torch.strided and not (kept.is_meta or kept.is_quantized or kept.is_complex()): return kept
     raise InputError(f'record {name!r}: not an array that can be kept', given=value, expected='dense and real')
