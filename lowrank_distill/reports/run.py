@@ -264,7 +264,7 @@ def headings(cells: Iterable[Mapping]) -> list[str]:
         found.append(last)
     return found
 
-# %% ../../nbs/reports/00_run.ipynb #085beb58
+# %% ../../nbs/reports/00_run.ipynb #493ee657
 class _Client(PapermillNotebookClient):
     "Papermill's client on our kernel; `tell` is called with an `Event` before and after each code cell."
     def __init__(self, nb_man, tell: Callable[[Event], None], sockets: Path, **settings):
@@ -305,7 +305,7 @@ class _Client(PapermillNotebookClient):
         return 'done', None
 
 class ProgressEngine(Engine):
-    "A Papermill engine that tells of each cell; registered as 'lowrank'."
+    "A Papermill engine that tells of each cell; registered as 'lowrank' by execute_cells."
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, *, tell, keep, log, env, timeout=None, **_):
         nb_man.nb.metadata.papermill.pop('input_path', None)
@@ -314,9 +314,7 @@ class ProgressEngine(Engine):
             client = _Client(nb_man, tell, folder, kernel_name=kernel_name, timeout=timeout, startup_timeout=120)
             client.execute(env=env, stdout=log, stderr=log)
 
-papermill_engines.register('lowrank', ProgressEngine)
-
-# %% ../../nbs/reports/00_run.ipynb #4c67364b
+# %% ../../nbs/reports/00_run.ipynb #79dabc3b
 def execute_cells(nb: Mapping, parameters: Mapping[str, object], tell: Callable[[Event, Callable[[], dict]], None], *, cwd: str | Path | None = None,
                   timeout: int | None = None, kernel: str = 'python3') -> tuple[dict, Event | None]:
     """Execute `nb` (JSON) with `parameters` injected, by Papermill: `(executed, None)`, or with the event of the cell that it stopped at.
@@ -326,6 +324,7 @@ def execute_cells(nb: Mapping, parameters: Mapping[str, object], tell: Callable[
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
     keep, events = [], []
+    papermill_engines.register('lowrank', ProgressEngine)  # at each call: a notebook's own engine of that name may have come and gone
     env = os.environ | {'PLOTLY_RENDERER': 'plotly_mimetype', 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
     def note(event: Event): events.append(event); tell(event, lambda: _plain(keep[0]))
     with tempfile.TemporaryFile() as log, _quiet():
