@@ -21,7 +21,7 @@ evidence: .venv/ready
 	$(CLI) evidence
 
 clean:
-	rm -rf docs/_html docs/_src docs/_nbs _proc runs build dist
+	rm -rf docs _proc runs build dist
 
 # the stamp lives inside .venv: a half-made environment is made again, a changed pin updates it
 .venv/ready: constraints.txt settings.ini pyproject.toml setup.py
