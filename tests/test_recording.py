@@ -154,6 +154,7 @@ def train():
     at = read_json(saved)['step'] if os.path.exists(saved) else 0
     with Recorder(folder, 'run', 0, flush_every=11, resume_at=at) as recorder:
         for step in range(at, steps):
+            if step == at + 60: time.sleep(600)  # on a machine of any speed it takes several lives
             if step % 9 == 0: recorder.flush(); write_json(saved, {'step': step})
             recorder.scalar('loss', 1 / (1 + step), step)
             recorder.vector('gate', [step, float('nan')], step, layer='fc1')
@@ -180,7 +181,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     (tmp_path/'broken').mkdir()
     command = [sys.executable, '-c', RUN, str(tmp_path/'broken'), str(tmp_path/'checkpoint.json'), '3']
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and json.loads(done.stdout) >= 3, done.stderr
+    assert done.returncode == 0 and json.loads(done.stdout) >= 5, done.stderr
     whole, broken = read(tmp_path/'whole'), read(tmp_path/'broken')
     pd.testing.assert_frame_equal(broken.frame, whole.frame)
     pd.testing.assert_frame_equal(broken.arrays(), whole.arrays())
