@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'ENVIRONMENT', 'FIELDS', 'Job', 'tune_jobs', 'final_jobs', 'seed_list', 'evidence_folders', 'new_document',
            'check_document', 'Book', 'add_run', 'job_of', 'Ledger', 'linked', 'fingerprints', 'provenance',
-           'resolve_device', 'run_one', 'one_thread', 'Summary', 'execute', 'declare', 'open_book', 'Results',
-           'age_note', 'results', 'state', 'freshness', 'documents', 'evidence_table']
+           'installed_version', 'processor', 'resolve_device', 'run_one', 'one_thread', 'Summary', 'execute', 'declare',
+           'open_study', 'Results', 'age_note', 'results', 'state', 'freshness', 'documents', 'evidence_table']
 
 # %% ../../nbs/core/07b_runs.ipynb #a1204a2a
 import contextlib
@@ -227,7 +227,7 @@ def linked(own: str, kept: Sequence[Mapping]) -> set[str]:
     while more := {k[a] for k in kept for a, b in (('from', 'to'), ('to', 'from')) if k[b] in found} - found: found |= more
     return found
 
-# %% ../../nbs/core/07b_runs.ipynb #bea307f2
+# %% ../../nbs/core/07b_runs.ipynb #059869ea
 def fingerprints(key: str, module: str | None, declaration: Mapping, root: Path | None = None) -> dict:
     "Own code, deps, data and teachers of the study `key`, each hashed, from files alone."
     module = module or find_module(key, root)
@@ -239,15 +239,16 @@ def fingerprints(key: str, module: str | None, declaration: Mapping, root: Path 
 
 def provenance() -> dict:
     "Versions, processor and date: shown beside results, never compared."
-    versions = {name: metadata.version(name) for name in ('torch', 'numpy', 'lowrank-distill') if _installed(name)}
-    return dict(date=datetime.now(UTC).date().isoformat(), python=platform.python_version(), processor=_processor(), cores=os.cpu_count(), **versions)
+    versions = {name: v for name in ('torch', 'numpy', 'lowrank-distill') if (v := installed_version(name))}
+    return dict(date=datetime.now(UTC).date().isoformat(), python=platform.python_version(), processor=processor(), cores=os.cpu_count(), **versions)
 
-# %% ../../nbs/core/07b_runs.ipynb #9e2bcdea
-def _installed(name: str) -> bool:
-    try: return bool(metadata.version(name))
-    except metadata.PackageNotFoundError: return False
+# %% ../../nbs/core/07b_runs.ipynb #76d6ee74
+def installed_version(name: str) -> str | None:
+    "The version of an installed package, None where it is not installed."
+    try: return metadata.version(name)
+    except metadata.PackageNotFoundError: return None
 
-def _processor() -> str:
+def processor() -> str:
     "The processor's name as the system tells it."
     with contextlib.suppress(OSError):
         for line in Path('/proc/cpuinfo').read_text().splitlines():
@@ -290,7 +291,7 @@ def one_thread() -> Iterator[None]:
     finally:
         if torch: torch.set_num_threads(threads)
 
-# %% ../../nbs/core/07b_runs.ipynb #628ddf97
+# %% ../../nbs/core/07b_runs.ipynb #983f66a7
 @dataclass(frozen=True)
 class Summary:
     "What `execute` did: runs made, failed among them, still missing (a budget ended), and where they are stored."
@@ -311,9 +312,7 @@ def execute(study: Study, scale: str = 'cpu', device: str = 'auto', *, budget: f
 
     `budget`: seconds after which no further run is started; `stale`: repeat runs of older code, lower floors or data; `keep`: a reason to let runs of
     older code stand for the present one. `InputError` where runs of two codes would be mixed, `RunFailed` at the end if runs failed."""
-    device, slug = resolve_device(scale, device)
-    declaration, book = declare(study, scale), open_book(study, scale, slug, store)
-    prints = fingerprints(study.key, study.module, declaration, study.root) if scale != 'smoke' else dict(own='smoke', deps={}, data={}, teachers={})
+    device, declaration, book, prints = open_study(study, scale, device, store)
     if keep: book.change(lambda d: _keep(d, prints['own'], keep))
     origin, start, made = provenance(), time.monotonic(), []
     deadline = math.inf if budget is None else start + budget
@@ -331,16 +330,20 @@ def execute(study: Study, scale: str = 'cpu', device: str = 'auto', *, budget: f
     if failed: raise RunFailed(f'{study.key}: {len(failed)} of {len(made)} runs failed, the others are kept; first: {failed[0]}')
     return Summary(study.key, len(made), failed, left, time.monotonic() - start, book.path)
 
-# %% ../../nbs/core/07b_runs.ipynb #1260f071
+# %% ../../nbs/core/07b_runs.ipynb #3858824e
 def declare(study: Study, scale: str) -> dict:
     "The declaration at a scale: at smoke scale one configuration, nothing tuned, two seeds."
     d = study.declaration()
     if scale == 'smoke': d |= dict(space={arm: configs[:1] for arm, configs in d['space'].items()}, seeds=d['seeds'][:2])
     return d
 
-def open_book(study: Study, scale: str, slug: str, store: Path | str | None) -> Book:
-    folders = () if scale == 'smoke' else tuple(evidence_folders(store, study.root))
-    return Book(study.key, scale, slug, folders, study.memory)
+def open_study(study: Study, scale: str, device: str, store: Path | str | None) -> tuple[str, dict, Book, dict]:
+    "Device to run on, declaration, book and present fingerprints of `study` at `scale`; at smoke scale nothing is on disk."
+    device, slug = resolve_device(scale, device)
+    declaration = declare(study, scale)
+    if scale == 'smoke': return device, declaration, Book(study.key, scale, slug, (), study.memory), dict(own='smoke', deps={}, data={}, teachers={})
+    book = Book(study.key, scale, slug, tuple(evidence_folders(store, study.root)), study.memory)
+    return device, declaration, book, fingerprints(study.key, study.module, declaration, study.root)
 
 def _run_all(study: Study, todo: Sequence[Job], scale: str, device: str, jobs: int, deadline: float) -> Iterator[dict]:
     "Records as they come, in this process or in `jobs` others; no run is started after the deadline."
@@ -411,7 +414,7 @@ class Results:
         if lacking: return judge(claim, [], note=f'{len(lacking)} runs missing or diverged, first: {lacking[0]}')
         return judge(claim, [claim.difference(lambda a, m, r=runs: r[a][m]) for runs in by_seed.values()], note=self.note)
 
-# %% ../../nbs/core/07b_runs.ipynb #6ae28b6d
+# %% ../../nbs/core/07b_runs.ipynb #03cd84c5
 def _spread(values: pd.Series) -> str: return '' if values.empty else f'{values.mean():.3f}' + (f' ± {values.std():.3f}' if len(values) > 1 else '')
 
 def age_note(ledger: Ledger) -> tuple[str, str]:
@@ -426,9 +429,7 @@ def age_note(ledger: Ledger) -> tuple[str, str]:
 def results(study: Study, scale: str = 'cpu', device: str = 'auto', *, seeds: int = 0, jobs: int = 1, store: Path | str | None = None,
             progress: Callable[[int, int, str], None] | None = None) -> Results:
     "Runs of `study`, after running what is missing (unless stored runs are of older code: then they are shown, and said to be)."
-    device, slug = resolve_device(scale, device)
-    declaration, book = declare(study, scale), open_book(study, scale, slug, store)
-    prints = fingerprints(study.key, study.module, declaration, study.root) if scale != 'smoke' else dict(own='smoke', deps={}, data={}, teachers={})
+    device, declaration, book, prints = open_study(study, scale, device, store)
     ledger = Ledger(book.read(), declaration, prints, seeds)
     if ledger.missing and 'own-stale' not in map(ledger.age, ledger.used):
         execute(study, scale, device, jobs=jobs, store=store, seeds=seeds, progress=progress)

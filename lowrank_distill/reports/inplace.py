@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAMP', 'code_stamp', 'source_notebooks', 'changed', 'inplace']
 
-# %% ../../nbs/reports/02_inplace.ipynb #b83dd52f
+# %% ../../nbs/reports/02_inplace.ipynb #7f4a73c1
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -13,8 +13,8 @@ from datetime import date
 from pathlib import Path
 
 from ..core.errors import Interrupted, RunFailed
-from ..core.files import asset, atomic, fingerprint
-from .run import _few_lines, _read, execute_cells, find, scrub
+from ..core.files import asset, fingerprint
+from .run import _few_lines, _read, _write_notebook, execute_cells, find, scrub
 
 # %% ../../nbs/reports/02_inplace.ipynb #d6d5715b
 STAMP = 'lowrank'  # key of the stamp in a notebook's metadata; [tool.nbdev] lets nbdev-clean keep it
@@ -33,7 +33,7 @@ def changed(paths: Iterable[str | Path] | None = None) -> list[Path]:
     notebooks = {Path(p): _read(p) for p in (source_notebooks() if paths is None else paths)}
     return [p for p, nb in notebooks.items() if nb['metadata'].get(STAMP, {}).get('outputs_of') != code_stamp(nb)]
 
-# %% ../../nbs/reports/02_inplace.ipynb #54fe0e33
+# %% ../../nbs/reports/02_inplace.ipynb #dce750fa
 def inplace(key_or_path: str | Path, progress: bool = True, timeout: int | None = None) -> Path:
     "Execute a notebook with its defaults and write outputs and stamp back into it, atomically; `RunFailed` leaves it untouched."
     path = find(key_or_path)
@@ -48,7 +48,7 @@ def inplace(key_or_path: str | Path, progress: bool = True, timeout: int | None 
         if cell['cell_type'] == 'code': cell['outputs'], cell['execution_count'] = outputs[cell['id']]
     kernel = dict(display_name='python3', language='python', name='python3')
     nb['metadata'] = {'kernelspec': kernel, STAMP: {'outputs_of': code_stamp(nb), 'date': date.today().isoformat()}}
-    with atomic(path) as new: new.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
+    _write_notebook(nb, path)
     return path
 
 def _clean(outputs: list[dict], cwd: Path) -> list[dict]:

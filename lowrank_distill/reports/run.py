@@ -7,7 +7,7 @@ __all__ = ['Interval', 'Parameter', 'read_parameters', 'check_parameters', 'Plan
            'headings', 'ProgressEngine', 'execute_cells', 'collect_metrics', 'provenance', 'scrub', 'Result', 'run',
            'perform']
 
-# %% ../../nbs/reports/00_run.ipynb #52154624
+# %% ../../nbs/reports/00_run.ipynb #6dfabb3d
 import ast
 import contextlib
 import fcntl
@@ -27,13 +27,13 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..core.catalog import notebook
 from ..core.errors import InputError, Interrupted, RunFailed, nearest
 from ..core.files import asset, atomic, fingerprint, read_json, write_json, writable_folder
 from ..core.recording import METRICS_MIME
+from ..core.runs import installed_version, processor
 from .html import write_page
 
 # %% ../../nbs/reports/00_run.ipynb #861663aa
@@ -187,7 +187,7 @@ def prepare(key_or_path: str | Path, parameters: Mapping[str, object] | None = N
     same = [[c['cell_type'], _tags(c), _source(c)] for c in nb['cells']], full, _code(), _named_files(full)
     return Plan(name, nb, full, {k: v for k, v in full.items() if v != defaults[k]}, writable_folder(out), fingerprint(same, 10))
 
-# %% ../../nbs/reports/00_run.ipynb #a2669c8c
+# %% ../../nbs/reports/00_run.ipynb #5d4a5cb2
 def check_device(device: str):
     "`InputError` where `device` names an accelerator that this machine does not have; 'auto' and 'cpu' are always there."
     if device in ('auto', 'cpu'): return
@@ -198,8 +198,7 @@ def check_device(device: str):
 
 def _version() -> str:
     "The package's version; 'unknown' where it is used without being installed."
-    try: return version('lowrank-distill')
-    except PackageNotFoundError: return 'unknown'
+    return installed_version('lowrank-distill') or 'unknown'
 
 def _code() -> str:
     "Fingerprint of the package: its version and every module."
@@ -363,19 +362,8 @@ def collect_metrics(nb: Mapping) -> dict:
         if found: cells.append({'id': cell['id'], 'heading': at, 'metrics': {k: v for o in found for k, v in o.items()}})
     return {'metrics': {k: v for o in cells for k, v in o['metrics'].items()}, 'cells': cells}
 
-# %% ../../nbs/reports/00_run.ipynb #534b3693
+# %% ../../nbs/reports/00_run.ipynb #8ae01add
 _PACKAGES = 'torch', 'numpy', 'scipy', 'pandas', 'scikit-learn', 'plotly', 'papermill', 'transformers', 'diffusers', 'peft'
-
-def _installed(name: str) -> str | None:
-    try: return version(name).partition('+')[0]
-    except PackageNotFoundError: return None
-
-def _cpu() -> str:
-    "The processor's name."
-    with contextlib.suppress(OSError):
-        names = re.findall(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), flags=re.M)
-        if names: return names[0]
-    return platform.processor() or platform.machine()
 
 def _accelerator(device: str) -> str | None:
     "The accelerator that `device` may have used; torch is asked only where there is one."
@@ -385,11 +373,11 @@ def _accelerator(device: str) -> str | None:
 
 def provenance(plan: Plan, seconds: float) -> dict:
     "Where a report came from: parameters, versions, machine; no path and no name of a user."
-    known = {name: _installed(name) for name in _PACKAGES}
+    known = {name: (installed_version(name) or '').partition('+')[0] for name in _PACKAGES}
     return {'schema': 1, 'name': plan.name, 'hash': plan.hash, 'date': date.today().isoformat(), 'seconds': round(seconds, 1),
             'parameters': {k: scrub(v) if isinstance(v, str) else v for k, v in plan.parameters.items()}, 'changed': list(plan.changed),
             'version': _version(), 'python': platform.python_version(), 'packages': {k: v for k, v in known.items() if v},
-            'system': f'{platform.system()} {platform.machine()}', 'cpu': _cpu(), 'cores': os.cpu_count(),
+            'system': f'{platform.system()} {platform.machine()}', 'cpu': processor(), 'cores': os.cpu_count(),
             'threads': int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count() or 1), 'accelerator': _accelerator(str(plan.parameters.get('device', 'cpu')))}
 
 # %% ../../nbs/reports/00_run.ipynb #b328e5c4
