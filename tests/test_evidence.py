@@ -404,3 +404,33 @@ def test_states(root, store):
 def test_chosen_configuration_is_the_best_on_validation(root, store):
     execute(load_study(root), device='cpu', store=store)
     assert {config_text(r['config']) for r in stored(store)['runs'] if r['phase'] == 'final'} == {'{"rate": 0.1}'}
+
+
+# What is asked must not be stopped by one file
+
+def test_a_damaged_file_is_named_and_stops_nothing(root: Path, store: Path):
+    execute(load_study(root), device='cpu', store=store)
+    (store/'toy'/'gpu-h100.json').write_text('{"schema": 1')
+    table = evidence_table({'toy': 'adapters.toy'}, root, store)
+    assert table.verdict.tolist() == ['holds', 'damaged'] and table.device.tolist() == ['cpu', 'h100']
+    assert state('toy', 'adapters.toy', root, store) == 'evidence'
+    assert freshness('toy', 'adapters.toy', root, store) == 'fresh'
+
+@pytest.mark.parametrize('gone', ['assets/toy/data.bin', 'assets/toy/teacher.bin', 'adapters/toy.py'])
+def test_what_is_gone_makes_runs_old(root: Path, store: Path, gone: str):
+    execute(load_study(root), device='cpu', store=store)
+    (root/gone).unlink()
+    assert freshness('toy', 'adapters.toy', root, store) == 'own-stale'
+    assert evidence_table({'toy': 'adapters.toy'}, root, store).freshness.tolist() == ['own-stale']
+
+def test_evidence_of_an_absent_accelerator_is_read(root: Path, store: Path):
+    study = load_study(root)
+    execute(study, device='cpu', store=store)
+    document = stored(store) | dict(scale='gpu', device='h100')
+    (store/'toy'/'gpu-h100.json').write_text(json.dumps(document))
+    found = results(study, scale='gpu', store=store)
+    assert found.verdicts()[0].verdict == 'holds' and len(found.frame) == len(results(study, store=store).frame)
+
+def test_a_dead_worker_is_said(root: Path, store: Path):
+    write(root, METHOD.replace('    value = score', "    if arm == 'new' and seed == 101: os._exit(9)\n    value = score"))
+    with pytest.raises(RunFailed, match='worker process died'): execute(load_study(root), device='cpu', store=store, jobs=2)

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'ENVIRONMENT', 'FIELDS', 'Job', 'tune_jobs', 'final_jobs', 'seed_list', 'evidence_folders', 'new_document',
-           'check_document', 'Book', 'add_run', 'job_of', 'Ledger', 'linked', 'fingerprints', 'provenance',
+           'check_document', 'Book', 'add_run', 'job_of', 'Ledger', 'linked', 'fingerprints', 'present', 'provenance',
            'installed_version', 'processor', 'resolve_device', 'run_one', 'one_thread', 'Summary', 'execute', 'declare',
-           'open_study', 'Results', 'age_note', 'results', 'state', 'freshness', 'documents', 'evidence_table']
+           'open_study', 'check_exported', 'Results', 'age_note', 'results', 'state', 'freshness', 'stored_files',
+           'documents', 'evidence_table']
 
-# %% ../../nbs/core/07b_runs.ipynb #a1204a2a
+# %% ../../nbs/core/07b_runs.ipynb #881651d8
+import ast
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -17,6 +20,7 @@ import platform
 import re
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +35,7 @@ from filelock import FileLock, Timeout
 from .errors import DamagedFile, InputError, Interrupted, RunFailed, nearest
 from .evidence import SCALES, Claim, Study, Verdict, config_text, is_number, judge
 from .files import read_json, writable_folder, write_json
-from .fingerprints import code_fingerprint, file_hash, find_module, package_root, read_source
+from .fingerprints import canonical, code_fingerprint, file_hash, find_module, package_root, read_source
 
 # %% ../../nbs/core/07b_runs.ipynb #bf4a7283
 class Job(NamedTuple):
@@ -75,7 +79,7 @@ def new_document(key: str, scale: str, device: str) -> dict:
     "A document without runs."
     return dict(schema=SCHEMA, key=key, scale=scale, device=device, declaration={}, fingerprints=[], provenance=[], kept=[], runs=[])
 
-# %% ../../nbs/core/07b_runs.ipynb #c169704f
+# %% ../../nbs/core/07b_runs.ipynb #acfd82f6
 FIELDS = dict(document=dict(schema=int, key=str, scale=str, device=str, declaration=dict, fingerprints=list, provenance=list, kept=list, runs=list),
               declaration=dict(arms=list, illustrations=list, space=dict, tune_seeds=list, seeds=list, data=list, teachers=list, claims=list, select=str, select_sign=int),
               run=dict(phase=str, arm=str, config=dict, seed=int, status=str, metrics=dict, seconds=float, message=str, code=int, origin=int),
@@ -92,7 +96,9 @@ def check_document(document: object, name: str) -> dict:
     try:
         for claim in document['declaration']['claims']: Claim(**claim)
         Ledger(document, document['declaration'])
-    except (InputError, TypeError, ValueError, KeyError, AttributeError) as e: raise DamagedFile(f'{name}: declaration', given=str(e)) from None
+        for part in ('data', 'teachers'):
+            if not all(isinstance(n, str) for n in document['declaration'][part]): raise TypeError(f'{part}: names of files')
+    except (InputError, TypeError, ValueError, LookupError, AttributeError) as e: raise DamagedFile(f'{name}: declaration', given=str(e)) from None
     return document
 
 # %% ../../nbs/core/07b_runs.ipynb #23fdecd0
@@ -174,7 +180,7 @@ def _index(entries: list, entry: dict) -> int:
     if entry not in entries: entries.append(entry)
     return entries.index(entry)
 
-# %% ../../nbs/core/07b_runs.ipynb #df1be8d7
+# %% ../../nbs/core/07b_runs.ipynb #a05472b4
 class Ledger:
     "What of a declared study is done in a document; `prints` are the present fingerprints, by which a run is stale or not."
     def __init__(self, document: dict | None, declaration: dict, prints: dict | None = None, seeds: int = 0):
@@ -195,9 +201,15 @@ class Ledger:
         if self.prints is None or code['own'] not in linked(self.prints['own'], self.document['kept']): return 'own-stale'
         return 'fresh' if all(code[k] == self.prints[k] for k in ('deps', 'data', 'teachers')) else 'deps-stale'
 
-    def tuned(self, arm: str, fresh: bool = False) -> bool:
+    def tuned(self, arm: str) -> bool:
         "Whether every tuning job of `arm` is done."
-        return all(self.done(job, fresh) for job in self.tune if job.arm == arm)
+        return all(self.done(job) for job in self.tune if job.arm == arm)
+
+    @property
+    def mixed(self) -> bool:
+        "Whether the runs used come from different code of the method (a repetition of old runs was stopped half-way)."
+        owns = {self.document['fingerprints'][r['code']]['own'] for r in self.used}
+        return bool(owns) and not owns <= linked(min(owns), self.document['kept'])
 
     def _choose(self, arm: str) -> str | None:
         "The configuration with the best mean of the selection metric, the first of equals; None while tuning is not finished."
@@ -210,6 +222,12 @@ class Ledger:
     def _score(self, runs: list[dict]) -> float:
         if any(r['status'] == 'diverged' for r in runs): return -math.inf
         return self.declaration['select_sign'] * statistics.fmean(r['metrics'][self.declaration['select']] for r in runs)
+
+    @property
+    def diverged(self) -> tuple[str, ...]:
+        "Arms whose every configuration diverged in tuning, and final runs that did: no repetition of the same code would help."
+        whole = tuple(arm for arm in self.declaration['arms'] if self.tuned(arm) and arm not in self.chosen)
+        return whole + tuple(f'{j.arm} seed {j.seed}' for j in self.final if self.done(j) and self.runs[j]['status'] == 'diverged')
 
     @property
     def jobs(self) -> list[Job]: return self.tune + self.final
@@ -227,7 +245,7 @@ def linked(own: str, kept: Sequence[Mapping]) -> set[str]:
     while more := {k[a] for k in kept for a, b in (('from', 'to'), ('to', 'from')) if k[b] in found} - found: found |= more
     return found
 
-# %% ../../nbs/core/07b_runs.ipynb #059869ea
+# %% ../../nbs/core/07b_runs.ipynb #dce1de07
 def fingerprints(key: str, module: str | None, declaration: Mapping, root: Path | None = None) -> dict:
     "Own code, deps, data and teachers of the study `key`, each hashed, from files alone."
     module = module or find_module(key, root)
@@ -236,6 +254,11 @@ def fingerprints(key: str, module: str | None, declaration: Mapping, root: Path 
     files = {part: {name: file_hash(assets/name) for name in declaration[part]} for part in ('data', 'teachers')}
     for name in (n for part in files.values() for n, h in part.items() if h is None): raise InputError(f'study {key!r}: no embedded file {name!r}')
     return dict(own=code.own, deps=code.deps, **files)
+
+def present(key: str, module: str | None, declaration: Mapping, root: Path | None = None) -> dict | None:
+    "The same, or None where code, data or teachers of a stored study are gone: then it is of older code."
+    try: return fingerprints(key, module, declaration, root)
+    except InputError: return None
 
 def provenance() -> dict:
     "Versions, processor and date: shown beside results, never compared."
@@ -267,7 +290,7 @@ def resolve_device(scale: str, device: str) -> tuple[str, str]:
     if device == 'mps' and torch.backends.mps.is_available(): return device, 'mps'
     raise InputError(f'no accelerator for device {device!r}', expected="device='cpu', or a machine that has one")
 
-# %% ../../nbs/core/07b_runs.ipynb #18f9cd9a
+# %% ../../nbs/core/07b_runs.ipynb #f23a2852
 def run_one(run: Callable, job: Job, scale: str, device: str, select: str) -> dict:
     "One run as a record; of a tuning run only the metrics that begin with `select` are kept."
     start, record = time.monotonic(), dict(phase=job.phase, arm=job.arm, config=json.loads(job.config), seed=job.seed, status='ok', metrics={}, message='')
@@ -283,28 +306,28 @@ def run_one(run: Callable, job: Job, scale: str, device: str, select: str) -> di
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    "One thread for torch, where it is loaded: sums in another order would make another result."
-    torch = sys.modules.get('torch')
-    threads = torch.get_num_threads() if torch else None
-    if torch: torch.set_num_threads(1)
+    "One thread for torch: sums in another order would make another result."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try: yield
-    finally:
-        if torch: torch.set_num_threads(threads)
+    finally: torch.set_num_threads(threads)
 
-# %% ../../nbs/core/07b_runs.ipynb #983f66a7
+# %% ../../nbs/core/07b_runs.ipynb #16e0de20
 @dataclass(frozen=True)
 class Summary:
-    "What `execute` did: runs made, failed among them, still missing (a budget ended), and where they are stored."
+    "What `execute` did: runs made, what diverged for good (an arm with all its configurations, or a final run), runs still missing, where they are stored."
     key: str
     ran: int
-    failed: tuple[str, ...]
+    diverged: tuple[str, ...]
     missing: int
     seconds: float
     path: Path | None
 
     def __str__(self) -> str:
         left = f', {self.missing} missing' if self.missing else ', complete'
-        return f'{self.key}: {self.ran} runs in {self.seconds:.0f} s{left}' + (f', {len(self.failed)} failed' if self.failed else '')
+        bad = f'; without an answer, since it diverged: {", ".join(self.diverged)}' if self.diverged else ''
+        return f'{self.key}: {self.ran} runs in {self.seconds:.0f} s{left}{bad}'
 
 def execute(study: Study, scale: str = 'cpu', device: str = 'auto', *, budget: float | None = None, jobs: int = 1, stale: bool = False,
             keep: str | None = None, progress: Callable[[int, int, str], None] | None = None, store: Path | str | None = None, seeds: int = 0) -> Summary:
@@ -312,25 +335,28 @@ def execute(study: Study, scale: str = 'cpu', device: str = 'auto', *, budget: f
 
     `budget`: seconds after which no further run is started; `stale`: repeat runs of older code, lower floors or data; `keep`: a reason to let runs of
     older code stand for the present one. `InputError` where runs of two codes would be mixed, `RunFailed` at the end if runs failed."""
+    _check_call(jobs, budget)
     device, declaration, book, prints = open_study(study, scale, device, store)
-    if keep: book.change(lambda d: _keep(d, prints['own'], keep))
+    if keep: _keep_all(book, prints['own'], keep)
     origin, start, made = provenance(), time.monotonic(), []
     deadline = math.inf if budget is None else start + budget
-    for phase in ('tune', 'final'):
-        ledger = Ledger(book.read(), declaration, prints, seeds)
-        if not stale: _refuse_mixing(ledger)
-        todo = [j for j in ledger.jobs if j.phase == phase and j.config and not ledger.done(j, fresh=stale)]
-        for record in _run_all(study, todo, scale, device, jobs, deadline):
-            _check_metrics(study, record)
-            book.change(lambda d, r=record: (d.update(declaration=declaration), add_run(d, r, prints, origin)))
-            made.append(record)
-            if progress: progress(len(made), max(len(ledger.jobs), len(made)), f'{record["arm"]} {config_text(record["config"])} seed {record["seed"]}')
+    try:
+        for phase in ('tune', 'final'):
+            ledger = Ledger(book.read(), declaration, prints, seeds)
+            if not stale: _refuse_mixing(ledger)
+            todo = [j for j in ledger.jobs if j.phase == phase and j.config and not ledger.done(j, fresh=stale)]
+            for record in _run_all(study, todo, scale, device, jobs, deadline):
+                _check_metrics(study, record)
+                book.change(lambda d, r=record: (d.update(declaration=declaration), add_run(d, r, prints, origin)))
+                made.append(record)
+                if progress: progress(len(made), max(len(ledger.jobs), len(made)), f'{record["arm"]} {config_text(record["config"])} seed {record["seed"]}')
+    except KeyboardInterrupt: raise Interrupted(f'{study.key}: stopped; {len(made)} finished runs are kept') from None
     failed = tuple(f'{r["arm"]} seed {r["seed"]}: {r["message"]}' for r in made if r['status'] == 'failed')
-    left = len(Ledger(book.read(), declaration, prints, seeds).missing)
     if failed: raise RunFailed(f'{study.key}: {len(failed)} of {len(made)} runs failed, the others are kept; first: {failed[0]}')
-    return Summary(study.key, len(made), failed, left, time.monotonic() - start, book.path)
+    ledger = Ledger(book.read(), declaration, prints, seeds)
+    return Summary(study.key, len(made), ledger.diverged, len(ledger.missing), time.monotonic() - start, book.path)
 
-# %% ../../nbs/core/07b_runs.ipynb #3858824e
+# %% ../../nbs/core/07b_runs.ipynb #06b764ec
 def declare(study: Study, scale: str) -> dict:
     "The declaration at a scale: at smoke scale one configuration, nothing tuned, two seeds."
     d = study.declaration()
@@ -343,26 +369,54 @@ def open_study(study: Study, scale: str, device: str, store: Path | str | None) 
     declaration = declare(study, scale)
     if scale == 'smoke': return device, declaration, Book(study.key, scale, slug, (), study.memory), dict(own='smoke', deps={}, data={}, teachers={})
     book = Book(study.key, scale, slug, tuple(evidence_folders(store, study.root)), study.memory)
+    check_exported(study)
     return device, declaration, book, fingerprints(study.key, study.module, declaration, study.root)
+
+def check_exported(study: Study):
+    "Raise where a function that the study reaches was edited in its notebook and not exported: the fingerprint is taken of the module."
+    module, main = study.module or find_module(study.key, study.root), sys.modules['__main__']
+    if getattr(study.run, '__module__', None) != '__main__' or module is None: return
+    code, source = code_fingerprint(module, study.key, study.root), read_source(module, study.root)
+    for name in code.reached[source.module]:
+        here = getattr(main, name, None)
+        with contextlib.suppress(OSError, TypeError, SyntaxError):
+            text = inspect.getsource(here) if inspect.isfunction(here) and here.__module__ == '__main__' else None
+            if text and _plain(ast.parse(textwrap.dedent(text)).body) != _plain(source.statements[name]):
+                raise InputError(f'study {study.key!r}: {name} in the notebook is not the one in {module}', expected='nbdev-export, then run')
+
+def _plain(nodes: list[ast.stmt]) -> str:
+    "The canonical text of definitions, blind to how they spell the modules that they import from."
+    copies = ast.parse('\n'.join(map(ast.unparse, nodes)))
+    for node in ast.walk(copies):
+        if isinstance(node, ast.ImportFrom): node.module, node.level = None, 0
+    return canonical(copies.body)
 
 def _run_all(study: Study, todo: Sequence[Job], scale: str, device: str, jobs: int, deadline: float) -> Iterator[dict]:
     "Records as they come, in this process or in `jobs` others; no run is started after the deadline."
     started = (job for job in todo if time.monotonic() < deadline)
-    try:
-        if jobs == 1 or len(todo) < 2:
-            for job in started: yield run_one(study.run, job, scale, device, study.select)
-        else:
-            from joblib import Parallel, delayed, parallel_config
-            with parallel_config('loky', inner_max_num_threads=1):
-                work = Parallel(n_jobs=jobs, return_as='generator_unordered', pre_dispatch=jobs, batch_size=1)
-                yield from work(delayed(run_one)(study.run, job, scale, device, study.select) for job in started)
-    except KeyboardInterrupt: raise Interrupted(f'{study.key}: stopped; finished runs are kept') from None
+    if jobs == 1 or len(todo) < 2:
+        for job in started: yield run_one(study.run, job, scale, device, study.select)
+        return
+    from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+    with parallel_config('loky', inner_max_num_threads=1):
+        work = Parallel(n_jobs=jobs, return_as='generator_unordered', pre_dispatch=jobs, batch_size=1)
+        try: yield from work(delayed(run_one)(study.run, job, scale, device, study.select) for job in started)
+        except BrokenProcessPool: raise RunFailed(f'{study.key}: a worker process died (of memory?); finished runs are kept, fewer jobs may help') from None
+
+def _check_call(jobs: int, budget: float | None):
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1: raise InputError('jobs', given=jobs, expected='a whole number of processes from 1')
+    if budget is not None and not (is_number(budget) and budget >= 0): raise InputError('budget', given=budget, expected='seconds, or None: no limit')
 
 def _refuse_mixing(ledger: Ledger):
     "Runs of two codes must not stand in one table."
     old = [r for r in ledger.used if ledger.age(r) == 'own-stale']
     if old and ledger.missing: raise InputError(f'{len(old)} stored runs are of older code', given=f'{len(ledger.missing)} runs are missing',
                                                 expected='stale=True (--stale) to repeat them, or keep=REASON (--keep) to let them stand')
+
+def _keep_all(book: Book, own: str, reason: str):
+    if book.read() is None: raise InputError(f'{book.key}: nothing is stored at scale {book.scale!r} that could be kept', given=reason)
+    book.change(lambda document: _keep(document, own, reason))
 
 def _keep(document: dict, own: str, reason: str):
     "Let all stored runs stand for the code `own`, with a dated reason."
@@ -376,7 +430,7 @@ def _check_metrics(study: Study, record: Mapping):
     for name in wanted - set(record['metrics']):
         raise InputError(f'study {study.key!r}: arm {record["arm"]!r} returned no {name!r}', nearest=nearest(name, record['metrics']))
 
-# %% ../../nbs/core/07b_runs.ipynb #b989268b
+# %% ../../nbs/core/07b_runs.ipynb #fb1b3741
 @dataclass(frozen=True)
 class Results:
     "The runs of a study: `frame`, `table`, `verdicts`; `note` says what a reader should know of their age."
@@ -406,6 +460,7 @@ class Results:
         return [self._judge(c) for c in sorted(self.study.claims, key=lambda c: not c.primary)]
 
     def _judge(self, claim: Claim) -> Verdict:
+        if self.ledger.mixed: return judge(claim, [], note='the runs are of two codes, since a repetition was stopped; it goes on with stale=True (--stale)')
         arms = {a for side in claim.sides() for a, _ in side}
         by_seed = {j.seed: {} for j in self.ledger.final}
         for j in self.ledger.final:
@@ -414,7 +469,7 @@ class Results:
         if lacking: return judge(claim, [], note=f'{len(lacking)} runs missing or diverged, first: {lacking[0]}')
         return judge(claim, [claim.difference(lambda a, m, r=runs: r[a][m]) for runs in by_seed.values()], note=self.note)
 
-# %% ../../nbs/core/07b_runs.ipynb #03cd84c5
+# %% ../../nbs/core/07b_runs.ipynb #d023519f
 def _spread(values: pd.Series) -> str: return '' if values.empty else f'{values.mean():.3f}' + (f' ± {values.std():.3f}' if len(values) > 1 else '')
 
 def age_note(ledger: Ledger) -> tuple[str, str]:
@@ -429,6 +484,10 @@ def age_note(ledger: Ledger) -> tuple[str, str]:
 def results(study: Study, scale: str = 'cpu', device: str = 'auto', *, seeds: int = 0, jobs: int = 1, store: Path | str | None = None,
             progress: Callable[[int, int, str], None] | None = None) -> Results:
     "Runs of `study`, after running what is missing (unless stored runs are of older code: then they are shown, and said to be)."
+    try: resolve_device(scale, device)
+    except InputError:
+        if device != 'auto' or not (stored := _elsewhere(study, scale, store)): raise
+        return stored
     device, declaration, book, prints = open_study(study, scale, device, store)
     ledger = Ledger(book.read(), declaration, prints, seeds)
     if ledger.missing and 'own-stale' not in map(ledger.age, ledger.used):
@@ -436,7 +495,15 @@ def results(study: Study, scale: str = 'cpu', device: str = 'auto', *, seeds: in
         ledger = Ledger(book.read(), declaration, prints, seeds)
     return Results(study, declaration, ledger, age_note(ledger)[1])
 
-# %% ../../nbs/core/07b_runs.ipynb #c7fe1fc8
+# %% ../../nbs/core/07b_runs.ipynb #5c8f8811
+def _elsewhere(study: Study, scale: str, store: Path | str | None) -> Results | None:
+    "Stored results of an accelerator that this machine does not have: they can be read, not continued."
+    found = [d for d in documents(study.key, study.root, store) if d['scale'] == scale]
+    if not found: return None
+    ledger = Ledger(found[0], found[0]['declaration'], present(study.key, study.module, found[0]['declaration'], study.root))
+    return Results(study, found[0]['declaration'], ledger, age_note(ledger)[1])
+
+# %% ../../nbs/core/07b_runs.ipynb #36e8e9d1
 def state(key: str, module: str, root: Path | None = None, store: Path | str | None = None) -> str:
     "'planned', 'built' (the module has definitions), 'evidence' (all declared runs of a scale are finished and its verdicts compute)."
     source = read_source(module, root)
@@ -447,14 +514,21 @@ def freshness(key: str, module: str, root: Path | None = None, store: Path | str
     "'fresh', 'deps-stale' or 'own-stale' of the evidence at cpu scale (or of an accelerator's where there is no other); None without evidence."
     found = sorted((d for d in documents(key, root, store) if _complete(d)), key=lambda d: d['scale'] != 'cpu')
     if not found: return None
-    return age_note(Ledger(found[0], found[0]['declaration'], fingerprints(key, module, found[0]['declaration'], root)))[0]
+    return age_note(Ledger(found[0], found[0]['declaration'], present(key, module, found[0]['declaration'], root)))[0]
 
-def documents(key: str, root: Path | None = None, store: Path | str | None = None) -> list[dict]:
-    "The evidence documents of `key`, of the first folder that has one of a name."
+def stored_files(key: str, root: Path | None = None, store: Path | str | None = None) -> list[Path]:
+    "The evidence files of `key`, of the first folder that has one of a name."
     files: dict[str, Path] = {}
     for folder in evidence_folders(store, root):
         for path in sorted((folder/key).glob('*.json')): files.setdefault(path.name, path)
-    return [check_document(read_json(p), str(p)) for p in files.values()]
+    return list(files.values())
+
+def documents(key: str, root: Path | None = None, store: Path | str | None = None) -> list[dict]:
+    "The evidence documents of `key` that can be used; `evidence_table` names the damaged ones."
+    found = []
+    for path in stored_files(key, root, store):
+        with contextlib.suppress(DamagedFile): found.append(check_document(read_json(path), str(path)))
+    return found
 
 def _complete(document: dict) -> bool:
     ledger = Ledger(document, document['declaration'])
@@ -471,15 +545,16 @@ class _Declared:
     "As much of a study as its document tells."
     claims: Sequence[Claim]
 
-# %% ../../nbs/core/07b_runs.ipynb #65c4e2d8
+# %% ../../nbs/core/07b_runs.ipynb #e8b15434
 def evidence_table(modules: Mapping[str, str], root: Path | None = None, store: Path | str | None = None) -> pd.DataFrame:
-    "One row a stored study: key, scale, device, runs (done / declared), verdict and sentence of the primary claim, date, freshness."
-    rows = []
-    for key, module in modules.items():
-        for d in documents(key, root, store):
-            ledger = Ledger(d, d['declaration'], fingerprints(key, module, d['declaration'], root))
-            age, note = age_note(ledger)
-            first = _verdicts(d, ledger)[0]
-            date = max((o['date'] for o in d['provenance']), default='')
-            rows.append((key, d['scale'], d['device'], f'{len(ledger.used)}/{len(ledger.jobs)}', first.verdict, first.sentence, date, age))
+    "One row a stored study: key, scale, device, runs (done / declared), verdict and sentence of the primary claim ('damaged' and why), date, freshness."
+    rows = [_row(key, module, path, root) for key, module in modules.items() for path in stored_files(key, root, store)]
     return pd.DataFrame(rows, columns=['key', 'scale', 'device', 'runs', 'verdict', 'sentence', 'date', 'freshness'])
+
+def _row(key: str, module: str, path: Path, root: Path | None) -> tuple:
+    try: d = check_document(read_json(path), str(path))
+    except DamagedFile as e: return (key, *path.stem.partition('-')[::2], '', 'damaged', str(e), '', None)
+    ledger = Ledger(d, d['declaration'], present(key, module, d['declaration'], root))
+    first = _verdicts(d, ledger)[0]
+    date = max((o['date'] for o in d['provenance']), default='')
+    return key, d['scale'], d['device'], f'{len(ledger.used)}/{len(ledger.jobs)}', first.verdict, first.sentence, date, age_note(ledger)[0]
