@@ -430,7 +430,7 @@ def _check_metrics(study: Study, record: Mapping):
     for name in wanted - set(record['metrics']):
         raise InputError(f'study {study.key!r}: arm {record["arm"]!r} returned no {name!r}', nearest=nearest(name, record['metrics']))
 
-# %% ../../nbs/core/07b_runs.ipynb #fb1b3741
+# %% ../../nbs/core/07b_runs.ipynb #afe2155a
 @dataclass(frozen=True)
 class Results:
     "The runs of a study: `frame`, `table`, `verdicts`; `note` says what a reader should know of their age."
@@ -458,6 +458,11 @@ class Results:
     def verdicts(self) -> list[Verdict]:
         "Every claim judged, the primary one first."
         return [self._judge(c) for c in sorted(self.study.claims, key=lambda c: not c.primary)]
+
+    def metrics(self) -> dict[str, float | str]:
+        "For `emit`: of each claim its verdict as `verdict_KEY`, and its mean as `KEY` where it has one."
+        judged = self.verdicts()
+        return {v.claim.key: v.mean for v in judged if math.isfinite(v.mean)} | {f'verdict_{v.claim.key}': v.verdict for v in judged}
 
     def _judge(self, claim: Claim) -> Verdict:
         if self.ledger.mixed: return judge(claim, [], note='the runs are of two codes, since a repetition was stopped; it goes on with stale=True (--stale)')
