@@ -218,7 +218,12 @@ def test_in_a_browser(site):
         page.locator('p.collapsed', has_text='Show the result').click()
         page.wait_for_function('document.querySelectorAll(".plotly-lazy[data-drawn]").length == 2')
         widths = page.evaluate('[...document.querySelectorAll(".plotly-lazy .main-svg")].map(o => o.clientWidth)')
+        wider = []
+        for width in (400, 800, 1024, 1100, 1250, 1440, 1700):  # between the points at which side bars appear
+            page.set_viewport_size({'width': width, 'height': 800})
+            if page.evaluate('document.documentElement.scrollWidth') > width: wider.append(width)
         browser.close()
+    assert not wider, f'the page is wider than windows of {wider} pixels'
     assert min(widths) > 300 and not errors and all(r.startswith(('file:', 'data:', 'blob:')) for r in requests)
 
 

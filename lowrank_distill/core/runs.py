@@ -356,7 +356,7 @@ def execute(study: Study, scale: str = 'cpu', device: str = 'auto', *, budget: f
     ledger = Ledger(book.read(), declaration, prints, seeds)
     return Summary(study.key, len(made), ledger.diverged, len(ledger.missing), time.monotonic() - start, book.path)
 
-# %% ../../nbs/core/07b_runs.ipynb #06b764ec
+# %% ../../nbs/core/07b_runs.ipynb #6a7bec92
 def declare(study: Study, scale: str) -> dict:
     "The declaration at a scale: at smoke scale one configuration, nothing tuned, two seeds."
     d = study.declaration()
@@ -372,6 +372,7 @@ def open_study(study: Study, scale: str, device: str, store: Path | str | None) 
     check_exported(study)
     return device, declaration, book, fingerprints(study.key, study.module, declaration, study.root)
 
+# %% ../../nbs/core/07b_runs.ipynb #aca01919
 def check_exported(study: Study):
     "Raise where a function that the study reaches was edited in its notebook and not exported: the fingerprint is taken of the module."
     module, main = study.module or find_module(study.key, study.root), sys.modules['__main__']
@@ -391,6 +392,7 @@ def _plain(nodes: list[ast.stmt]) -> str:
         if isinstance(node, ast.ImportFrom): node.module, node.level = None, 0
     return canonical(copies.body)
 
+# %% ../../nbs/core/07b_runs.ipynb #dfb3804f
 def _run_all(study: Study, todo: Sequence[Job], scale: str, device: str, jobs: int, deadline: float) -> Iterator[dict]:
     "Records as they come, in this process or in `jobs` others; no run is started after the deadline."
     started = (job for job in todo if time.monotonic() < deadline)
