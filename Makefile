@@ -11,6 +11,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest -n 2 -q --durations=10
 
+check: .venv/ready
+	HYPOTHESIS_PROFILE=check $(PY) -m pytest -n 2 -q tests/test_conform.py tests/test_adapter.py tests/test_recording.py
+
 lab: .venv/ready
 	.venv/bin/jupyter lab nbs
 
@@ -30,4 +33,4 @@ clean:
 	.venv/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo test lab docs evidence clean
+.PHONY: demo test check lab docs evidence clean

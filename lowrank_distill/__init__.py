@@ -2,7 +2,7 @@
 from importlib import import_module
 from importlib.metadata import version
 
-_NAMES = dict(adapt='shapes.adapter', handle_of='shapes.adapter', load_adapter='shapes.adapter', fit='shapes.training',
+_NAMES = dict(adapt='shapes.adapter', advise='shapes.advice', from_peft='shapes.peft', handle_of='shapes.adapter', load_adapter='shapes.adapter', fit='shapes.training',
               Study='core.evidence', Claim='core.evidence', Streams='core.streams', methods='core.catalog', pages='core.catalog',
               show='core.catalog', load='core.catalog', InputError='core.errors', LoRA='adapters.lora', DyLoRA='adapters.dylora')
 __all__ = sorted(_NAMES)

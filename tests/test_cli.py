@@ -10,7 +10,8 @@ from lowrank_distill.core import catalog
 
 
 @pytest.mark.parametrize('line', ['show dilora', 'list --family x', 'run dilora', 'run dylora -p scael=smoke', 'run dylora --seeds two', 'run dylora --device cuda:9', 'run core.linalg',
-                                  'run dylora -p a=1 -p a=2', 'evidence dilora', 'evidence dylora --jobs 0', 'evidence dylora --scale big', 'list --pattern', 'nothing', 'run --changed'])
+                                  'run dylora -p a=1 -p a=2', 'evidence dilora', 'evidence dylora --jobs 0', 'evidence dylora --scale big', 'list --pattern', 'nothing', 'run --changed',
+                                  'new dilora', 'new dylora', 'new', 'new dylora --family x', 'check dilora', 'check core.linalg', 'check', 'doctor --yaml'])
 def test_mistakes_are_one_line_and_code_2(line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(line.split()) == 2

@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import ROOT
 from execnb.shell import CaptureShell
+from lowrank_distill.reports.contribute import reading_minutes
 from nbdev.clean import _nbdev_clean
 from nbdev.config import get_config
 from papermill.iorw import load_notebook_node
@@ -317,17 +318,6 @@ def test_run_can_fail(monkeypatch, capfd, tmp_path):
     assert 'the scale is smoke' in capfd.readouterr().err
 
 
-def minutes_to_read(notebook: dict) -> float:
-    "An estimate: 200 words or 30 lines of code a minute; folded cells and imports are not counted."
-    words = lines = 0
-    for cell in notebook['cells']:
-        source, tags = ''.join(cell['source']), cell['metadata'].get('tags', [])
-        if cell['cell_type'] == 'markdown': words += len(re.sub(r'<[^>]+>|\$[^$]*\$', 'x', source).split())
-        elif not {'hide-input', 'hide-cell'} & set(tags):
-            lines += sum(bool(s.strip()) and not s.startswith(('import ', 'from ', '#|')) for s in source.splitlines())
-    return words / 200 + lines / 30
-
-
 def test_minutes_are_stated_and_measured():
     found = {}
     for path in NBS:
@@ -335,6 +325,6 @@ def test_minutes_are_stated_and_measured():
         text = '\n'.join(''.join(c['source']) for c in notebook['cells'][:5])
         said = re.search(r'Read (\d+) min · run .+ on a laptop · exercises \d+ min', text)
         if path.parent.name in FAMILIES: assert said, f'{path}: section 0 states no minutes'
-        if said: found[path.name] = int(said[1]), minutes_to_read(notebook)
+        if said: found[path.name] = int(said[1]), reading_minutes(notebook)
     assert len(found) >= 2
     for name, (stated, measured) in found.items(): assert abs(stated - measured) <= max(2, .2 * measured), (name, measured)

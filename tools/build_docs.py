@@ -295,10 +295,10 @@ def tracks_page(site: Site) -> str:
 
 def verdicts() -> dict[str, str]:
     "The verdict of each stored study's primary claim, one a scale; the whole sentence shows under the pointer."
-    from lowrank_distill.core.catalog import methods
+    from lowrank_distill.core.catalog import pages
     from lowrank_distill.core.runs import evidence_table
     said: dict[str, list[str]] = {}
-    for row in evidence_table({m.key: m.module for m in methods()}).itertuples():
+    for row in evidence_table({p.key: p.module for p in pages()}).itertuples():
         remarks = ', '.join([row.scale, *([] if row.freshness == 'fresh' else [row.freshness])])
         sentence = html.escape(row.sentence).replace('|', '&#124;')
         said.setdefault(row.key, []).append(f'<abbr title="{sentence}">{row.verdict}</abbr> ({remarks})')

@@ -51,7 +51,7 @@ class DyLoRA(AdapterSpec):
 
     def count(self, layer: LayerView) -> int: return self.max_rank * (layer.out + layer.inp)
 
-# %% ../../nbs/adapters/01_dylora.ipynb #c4ddf698
+# %% ../../nbs/adapters/01_dylora.ipynb #714838cd
 class DyLoRALayer(Adapter):
     "Factors `a` (max_rank, inp) and `b` (out, max_rank), of which the first `in_use` ranks act."
 
@@ -80,6 +80,8 @@ class DyLoRALayer(Adapter):
     def delta(self) -> Tensor:
         a, b = self.factors()
         return self.spec.alpha / max(1, self.in_use) * b @ a
+
+    def product(self) -> tuple[Tensor, Tensor, float]: return *self.factors(), self.spec.alpha / max(1, self.in_use)
 
 # %% ../../nbs/adapters/01_dylora.ipynb #ff22c9fa
 def set_rank(handle: AdapterHandle, rank: int):

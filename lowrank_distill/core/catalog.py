@@ -17,7 +17,7 @@ from types import ModuleType
 from .errors import InputError, nearest
 from .files import asset
 
-# %% ../../nbs/core/01_catalog.ipynb #4b6a6b05
+# %% ../../nbs/core/01_catalog.ipynb #5356e3e3
 @dataclass(frozen=True, kw_only=True)
 class Page:
     "A page that can be read, required and, where it has parameters, run."
@@ -29,8 +29,9 @@ class Page:
 
     @property
     def state(self) -> str:
-        "'planned', 'built' (its module is there) or 'evidence' (its study is complete as well); probed."
+        "'planned', 'built' (its module, or a tutorial's notebook, is there) or 'evidence' (its study is complete as well); probed."
         from lowrank_distill.core.runs import state
+        if self.module.startswith('tutorials.'): return 'built' if _find(self.module) else 'planned'
         return state(self.key, self.module)
 
     @property
@@ -100,7 +101,7 @@ def tracks() -> tuple[Track, ...]:
     "The eight tracks of the reading path."
     return tuple(Track(**o | {'pages': tuple(o['pages'])}) for o in _data()['tracks'])
 
-# %% ../../nbs/core/01_catalog.ipynb #b3480a57
+# %% ../../nbs/core/01_catalog.ipynb #87b9fddb
 @dataclass(frozen=True)
 class Shown:
     "A record that prints as a short sheet; `record` is the data."
@@ -113,7 +114,7 @@ class Shown:
             code = p.repository or 'no official code'
             sheet |= {'claim': p.claim, 'paper': f'arXiv {p.arxiv} ({p.year}); {code}', 'card from': p.source}
         needs = [name for name in ('labels', 'taps', 'gpu') if getattr(p, name, False)]
-        sheet |= {'read first': ', '.join(p.requires) or '-', 'needs': ', '.join(needs) or '-', 'module': f'lowrank_distill.{p.module}',
+        sheet |= {'read first': ', '.join(p.requires) or '-', 'needs': ', '.join(needs) or '-', 'module': '-' if p.module.startswith('tutorials.') else f'lowrank_distill.{p.module}',
                   'state': p.state + (f', {p.freshness}' if p.freshness else '')}
         return '\n'.join(f'{k:>10}  {v}' if k else v for k, v in sheet.items())
 
@@ -126,20 +127,24 @@ def show(key: str) -> Shown:
 def load(key: str) -> ModuleType:
     "Import and return the module of `key`; `InputError` where it is not built yet."
     p = page(key)
+    if p.module.startswith('tutorials.'): raise InputError(f'{key!r} is a tutorial and has no module', expected=f'lowrank-distill run {key}')
     if p.state == 'planned':
         built = [m.key for m in methods() if m.state != 'planned']
         raise InputError(f'{key!r} is planned, not built', expected='a built method', nearest=nearest(key, built) if built else ())
     return import_module(f'lowrank_distill.{p.module}')
 
-# %% ../../nbs/core/01_catalog.ipynb #3f0fed43
+# %% ../../nbs/core/01_catalog.ipynb #41135172
 def notebook(key: str) -> Path:
     "Path of the notebook of page `key`, or of a module ('core.files'); `InputError` where the page is planned only."
-    known = {p.key: p.module for p in pages()}
-    *folder, name = known.get(key, key).split('.')
-    top = asset('').parent.parent
-    bases = [top/'nbs', top] if (top/'nbs').is_dir() else [asset('')/'notebooks'/'nbs', asset('')/'notebooks']
-    for base in bases:
-        for path in sorted(base.joinpath(*folder).glob('*.ipynb')):
-            if name in (path.stem, path.stem.partition('_')[2]): return path
+    if path := _find({p.key: p.module for p in pages()}.get(key, key)): return path
     page(key)
     raise InputError(f'{key!r} has no notebook yet', expected=f'a page that is built; {key!r} is planned')
+
+# %% ../../nbs/core/01_catalog.ipynb #10fe7719
+def _find(module: str) -> Path | None:
+    "The notebook of a module, or of 'tutorials.NAME'; None where there is none."
+    *folder, name = module.split('.')
+    top = asset('').parent.parent
+    bases = [top/'nbs', top] if (top/'nbs').is_dir() else [asset('')/'notebooks'/'nbs', asset('')/'notebooks']
+    found = (path for base in bases for path in sorted(base.joinpath(*folder).glob('*.ipynb')))
+    return next((path for path in found if name in (path.stem, path.stem.partition('_')[2])), None)

@@ -6,7 +6,7 @@
 __all__ = ['CHILD', 'AdapterSpec', 'Adapter', 'Adapters', 'Place', 'adapted', 'hidden', 'adapt', 'AdapterHandle', 'handle_of',
            'Switch', 'check_reach', 'save_adapter', 'load_adapter', 'capabilities']
 
-# %% ../../nbs/shapes/00_adapter.ipynb #0bcbd829
+# %% ../../nbs/shapes/00_adapter.ipynb #8e8adc6d
 import abc
 import contextlib
 import dataclasses
@@ -27,6 +27,7 @@ from ..core.errors import DamagedFile, InputError, RunFailed, nearest
 from ..core.files import fingerprint, load_tensors, save_tensors
 from ..core.layers import LayerView, Pattern, Site, resolve, select, sites, view
 from ..core.streams import Streams
+from ..core.taps import call_model
 
 # %% ../../nbs/shapes/00_adapter.ipynb #9cfb0432
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +266,7 @@ def _attach(site: Site, name: str, adapter: Adapter):
 
 def _child(site: Site) -> str: return CHILD if site.view.kind != 'parameter' else f'{CHILD}_{site.param}'
 
-# %% ../../nbs/shapes/00_adapter.ipynb #ca7d0a60
+# %% ../../nbs/shapes/00_adapter.ipynb #c0cad91e
 class AdapterHandle:
     "The adapters called `name` in `model`."
 
@@ -298,6 +299,12 @@ class AdapterHandle:
     def remove(self, keep_merged: bool = False): _remove(self.model, self.name, keep_merged)
     def check(self, batch: object, call: Callable[[nn.Module, object], object] | None = None): check_reach(self.model, batch, call)
     def save(self, path: str | Path) -> Path: return save_adapter(self, path)
+
+    def to_peft(self, folder: str | Path, base_name: str = '') -> Path:
+        "Write the adapters as plain LoRAs in PEFT's layout; see `shapes.peft`."
+        from lowrank_distill.shapes.peft import to_peft
+        return to_peft(self, folder, base_name)
+
     def load(self, path: str | Path, base: str = 'same'): _fill(self, *_read(path), base, str(path))
 
 def handle_of(model: nn.Module, name: str = 'default') -> AdapterHandle:
@@ -378,7 +385,7 @@ def _remove(model: nn.Module, name: str, keep_merged: bool):
         trainable = set(model.__dict__.pop('_lowrank_trainable', ()))
         for k, p in model.named_parameters(): p.requires_grad_(k in trainable)
 
-# %% ../../nbs/shapes/00_adapter.ipynb #404b239e
+# %% ../../nbs/shapes/00_adapter.ipynb #9a2e8ed4
 def check_reach(model: nn.Module, batch: object, call: Callable[[nn.Module, object], object] | None = None):
     """Run `model` on `batch` once in train mode and once in eval mode without gradients; adapted layers that are not reached are an `InputError`.
 
@@ -388,20 +395,18 @@ def check_reach(model: nn.Module, batch: object, call: Callable[[nn.Module, obje
     try:
         for training in (True, False):
             model.train(training)
-            seen: set[nn.Module] = set()
-            watch = [m.register_forward_hook(lambda m, *_: seen.add(m)) for m in {p.host for p in there.values()}]
+            seen: list[nn.Module] = []
+            watch = [m.register_forward_hook(partial(_saw, seen)) for m in {p.host for p in there.values()}]
             try:
-                with torch.random.fork_rng(), torch.set_grad_enabled(training): (call or _call)(model, batch)
+                with torch.random.fork_rng(), torch.set_grad_enabled(training): call_model(model, batch, call)
             finally: [w.remove() for w in watch]
             if lost := [n for n, p in there.items() if p.host not in seen]: raise _unreached(lost, len(there), training)
     finally:
         for m, training in modes.items(): m.training = training
         with torch.no_grad(): [b.copy_(was) for b, was in buffers.items()]
 
-# %% ../../nbs/shapes/00_adapter.ipynb #985c395f
-def _call(model: nn.Module, batch: object) -> object:
-    if isinstance(batch, Mapping): return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+# %% ../../nbs/shapes/00_adapter.ipynb #ab14427d
+def _saw(seen: list[nn.Module], module: nn.Module, *_): seen.append(module)
 
 def _unreached(lost: list[str], total: int, training: bool) -> InputError:
     "The error for adapters that are never called."
@@ -442,7 +447,7 @@ def load_adapter(model: nn.Module, path: str | Path, spec: type[AdapterSpec] | N
         raise
     return handle
 
-# %% ../../nbs/shapes/00_adapter.ipynb #8d559e5a
+# %% ../../nbs/shapes/00_adapter.ipynb #11d90b0b
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     "Tensors and header of an adapter file; a file of another kind is a `DamagedFile`."
     tensors, header = load_tensors(path, finite=True)
@@ -475,7 +480,7 @@ def _fill(handle: AdapterHandle, tensors: Mapping[str, Tensor], header: dict, ba
     if set(layers) != set(header['layers']): raise InputError(f'{path}: other layers', given=sorted(header['layers']), expected=sorted(layers))
     for n, a in layers.items():
         o = header['layers'][n]
-        if a.spec.method != header['method'] or a.spec.to_dict() != o['config']:
+        if a.spec.method != header['method'] or type(a.spec).from_dict(o['config']) != a.spec:  # settings that are newer than the file have their defaults
             raise InputError(f'{path}: layer {n!r} has other settings', given=f'{header["method"]} {o["config"]}', expected=f'{a.spec.method} {a.spec.to_dict()}')
     prints = _base_prints(handle)
     other = [n for n in layers if header['layers'][n]['base'] != prints[n]]
