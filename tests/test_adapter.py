@@ -2,11 +2,14 @@
 import copy
 import json
 import struct
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank_distill.adapters.dylora import DyLoRA, set_rank
 from lowrank_distill.adapters.lora import LoRA
@@ -202,3 +205,20 @@ def test_set_rank_bounds():
     _, handle = (net := nn.Sequential(nn.Linear(6, 5))), adapt(net, DyLoRA(max_rank=3))
     with pytest.raises(InputError, match='expected: 0 to 3'): set_rank(handle, 4)
     with pytest.raises(InputError): DyLoRA(max_rank=2, min_rank=3)
+
+def test_a_parameter_in_a_layer_that_checkpoints_itself_is_refused_in_training():
+    "transformers' checkpointed layers run `forward` again without hooks, hence without the adapter of their own parameter."
+    class Block(GradientCheckpointingLayer):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.eye(4))
+
+        def forward(self, x): return x @ self.w.T
+
+    block = nn.Sequential(Block())
+    adapt(block, LoRA(rank=1), ['0.w'])
+    x, expected = torch.ones(2, 4), block(torch.ones(2, 4))
+    block[0].gradient_checkpointing = True
+    block[0]._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    with pytest.raises(InputError, match="'w' has no adapter"): block.train()(x)
+    assert torch.equal(block.eval()(x), expected) and isinstance(block[0].w, nn.Parameter)

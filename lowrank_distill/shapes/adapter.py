@@ -121,12 +121,15 @@ def _precision(adapter: 'Adapter', output: Tensor):
     half = output.dtype in (torch.bfloat16, torch.float16) and all(p.dtype != output.dtype for p in adapter.parameters())
     return torch.autocast(output.device.type, output.dtype) if half else contextlib.nullcontext()
 
-# %% ../../nbs/shapes/00_adapter.ipynb #b09b38d6
+# %% ../../nbs/shapes/00_adapter.ipynb #3d2529ac
 def _enter(path: str, param: str, host: nn.Module, args: tuple):
     "Forward pre-hook of the module that reads an adapted parameter: put the sum in its place."
     owner = host.get_submodule(path)
     adapters = owner._modules.get(f'{CHILD}_{param}')
     if adapters is None or not adapters.acting: return
+    if host.training and getattr(host, 'gradient_checkpointing', False) and hasattr(host, '_gradient_checkpointing_func'):
+        raise InputError(f'adapt: {type(host).__name__} computes itself again in the backward pass, where {param!r} has no adapter', given='gradient checkpointing',
+                         expected='gradient_checkpointing_disable(), or no adapter on this parameter')
     base = owner._parameters[param]
     v = LayerView(kind='parameter', shape=tuple(base.shape))
     total = sum(weight * adapters[name].delta() for name, weight in adapters.acting.items())
