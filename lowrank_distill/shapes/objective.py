@@ -84,12 +84,23 @@ class Objective(nn.Module, abc.ABC):
     def forward(self, student: Forward, teachers: Mapping[str, Forward], batch: Mapping[str, object], at: Progress) -> dict[str, Tensor]:
         "Unweighted terms by name, scalars."
 
-# %% ../../nbs/shapes/08_objective.ipynb #fd7eb02d
+# %% ../../nbs/shapes/08_objective.ipynb #41d26e3f
 class CrossEntropy(Objective):
-    "The labels' own loss: term 'labels'."
+    """The labels' own loss: term 'labels', the mean over all labels but -100 (0 where there is none).
+
+    `shift=1` where position i is to predict label i + 1: a causal language model with its own tokens as labels."""
     needs = Needs(teachers={}, batch=frozenset({'labels'}))
 
-    def forward(self, student, teachers, batch, at): return {'labels': F.cross_entropy(student.logits.flatten(0, -2).float(), batch['labels'].flatten())}
+    def __init__(self, shift: int = 0):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, student, teachers, batch, at):
+        logits, labels = student.logits, batch['labels']
+        if self.shift: logits, labels = logits[:, :-self.shift], labels[:, self.shift:]
+        logits, labels = logits.flatten(0, -2), labels.flatten()
+        total = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction='sum')
+        return {'labels': total / (labels != -100).sum().clamp(min=1)}
 
 class SoftTargets(Objective):
     "KL from one teacher's softened logits: term 'soft' (Hinton et al. 2015)."
@@ -211,7 +222,7 @@ class EMA(Teacher):
 # %% ../../nbs/shapes/08_objective.ipynb #34b66132
 Weight = float | Callable[[Progress], float]
 
-# %% ../../nbs/shapes/08_objective.ipynb #ced31aa3
+# %% ../../nbs/shapes/08_objective.ipynb #0c702bf3
 class Distillation(Procedure):
     """Train `student` on the weighted terms of `objectives` under `teachers`: a `Procedure` with one optimizer.
 
@@ -230,6 +241,7 @@ class Distillation(Procedure):
         for tap in self.taps: find(student, tap)
         for name, taps in self.teacher_taps.items(): self.teachers[name].check(taps)
         if example is not None: self.check(example)
+        if not self.parameters(): raise InputError('Distillation: nothing to train', given=type(student).__name__, expected='a student or objective with a parameter that requires grad')
         self.optimizer = optimizer(self.parameters())
 
     def parameters(self) -> list[nn.Parameter]: return [p for m in (self.student, self.objectives) for p in m.parameters() if p.requires_grad]
