@@ -66,7 +66,7 @@ def _methods() -> tuple[Method, ...]:
     pairs = ('requires', 'builds_on')
     return tuple(Method(**{k: tuple(v) if k in pairs else v for k, v in o.items()}) for o in _data()['methods'])
 
-# %% ../../nbs/core/01_catalog.ipynb #c424cf7b
+# %% ../../nbs/core/01_catalog.ipynb #609589db
 def methods(family: str | None = None, pattern: str | None = None) -> tuple[Method, ...]:
     "The methods, in the order of the cards; of one `family`, or with key or short name like `pattern` (case does not count)."
     families = {m.family for m in _methods()}
@@ -77,10 +77,9 @@ def methods(family: str | None = None, pattern: str | None = None) -> tuple[Meth
                  and (fnmatchcase(m.key, like) or fnmatchcase(m.short.lower(), like)))
 
 def pages() -> tuple[Page, ...]:
-    "Every page that `requires` may name: roots, methods, tutorials."
-    roots = [Page(**{k: tuple(v) if k == 'requires' else v for k, v in o.items()}) for o in _data()['roots']]
-    tutorials = [Page(**{k: tuple(v) if k == 'requires' else v for k, v in o.items()}) for o in _data().get('tutorials', [])]
-    return (*roots, *_methods(), *tutorials)
+    "Every page that `requires` may name: roots, baselines, methods, tutorials."
+    roots, baselines, tutorials = ([Page(**o | {'requires': tuple(o['requires'])}) for o in _data()[part]] for part in ('roots', 'baselines', 'tutorials'))
+    return (*roots, *baselines, *_methods(), *tutorials)
 
 def page(key: str) -> Page:
     "The record of `key`; `InputError` with near keys where there is none."
