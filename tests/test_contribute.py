@@ -23,6 +23,7 @@ from lowrank_distill.core.evidence import Claim, Study
 from lowrank_distill.reports import contribute
 from lowrank_distill.reports.contribute import FORM, Draft, _tried, draft_of, form, new
 from lowrank_distill.reports.inplace import code_stamp
+from lowrank_distill.shapes.objective import Objective, kl
 
 SMALL = ('pyproject.toml', 'nbs/adapters/00_lora.ipynb', 'nbs/adapters/01_dylora.ipynb', 'nbs/core/02_linalg.ipynb',
          'lowrank_distill/adapters/dylora.py')
@@ -254,11 +255,28 @@ def test_spec_is_tried_against_its_contract(loaded):
     Spec.__module__ = 'lowrank_distill.adapters.dylora'
     other = type('Other', (Spec,), {'__module__': 'lowrank_distill.adapters.lora'})
     for names in ({}, {'LoRA': other}): assert _tried('spec', contribute.conformance, loaded(**names)).status == 'note' and not loaded.tried
-    assert _tried('spec', contribute.conformance, replace(loaded(), page=catalog.page('pela'))).said == 'no adapter'
+    assert _tried('spec', contribute.conformance, replace(loaded(), page=catalog.page('pela'))).said == 'no adapter and no objective'
     assert _tried('spec', contribute.conformance, loaded(LoRA=other, Spec=Spec)).status == 'ok' and loaded.tried == [(Spec, 10)]
     for error, said in (AssertionError('merged is\nnot unmerged'), 'Spec: merged is not unmerged'), (KeyError('a'), "Spec: KeyError: 'a'"):
         found = _tried('spec', contribute.conformance, loaded(error, Spec=Spec))
         assert (found.status, found.said) == ('problem', said)
+
+def test_objectives_are_tried_against_theirs(loaded):
+    class Right(Objective):
+        __module__ = 'lowrank_distill.adapters.dylora'
+        def forward(self, student, teachers, batch, at): return {'soft': kl(student.logits, teachers['teacher'].logits)}
+    class Wrong(Right):
+        __module__ = Right.__module__
+        def forward(self, student, teachers, batch, at): return {'soft': student.logits.mean(1)}
+    class Wants(Right):
+        __module__ = Right.__module__
+        def __init__(self, width): super().__init__()
+    page = dict(page=catalog.page('pela'))
+    assert _tried('spec', contribute.conformance, replace(loaded(Right=Right), **page)).said == 'Right keeps the contract'
+    found = _tried('spec', contribute.conformance, replace(loaded(Right=Right, Wrong=Wrong), **page))
+    assert (found.status, found.said) == ('problem', "Wrong: term 'soft' is no scalar tensor")
+    found = _tried('spec', contribute.conformance, replace(loaded(Wants=Wants), **page))
+    assert found.status == 'note' and 'Wants' in found.said
 
 def study(key: str = 'dylora', metric: str = 'test') -> Study:
     return Study(key, run=lambda arm, config, seed, scale, device: {'validation': .5, metric: 1 / (seed >= 0)}, arms=['new', 'old'],

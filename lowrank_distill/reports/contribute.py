@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ADAPTER_FAMILIES', 'FORM', 'TRIALS', 'skeleton', 'checkout', 'source_of', 'new', 'Check', 'Draft', 'Wrong', 'Worth',
            'unfilled', 'title', 'opening', 'reading_minutes', 'minutes', 'parameters', 'cells', 'exact', 'predictions',
-           'solutions', 'size', 'outputs', 'form', 'draft_of', 'exported', 'module', 'lint', 'spec_of', 'conformance',
-           'arms', 'smoke', 'evidence', 'check', 'requirements', 'cores', 'memory', 'torchvision', 'store', 'doctor']
+           'solutions', 'size', 'outputs', 'form', 'draft_of', 'exported', 'module', 'lint', 'spec_of', 'objectives_of',
+           'conformance', 'arms', 'smoke', 'evidence', 'check', 'requirements', 'cores', 'memory', 'torchvision',
+           'store', 'doctor']
 
-# %% ../../nbs/reports/03_contribute.ipynb #c4dbb609
+# %% ../../nbs/reports/03_contribute.ipynb #0bf79628
 import ast
 import contextlib
 import json
@@ -24,7 +25,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from inspect import isabstract
+from functools import partial
+from inspect import isabstract, signature
 from pathlib import Path
 from types import ModuleType
 
@@ -802,7 +804,7 @@ def lint(draft: Draft) -> str:
     if done.returncode: raise Wrong(f'ruff says (1 of {len(lines)}): {"".join(lines[:1])}')
     return 'ruff is content'
 
-# %% ../../nbs/reports/03_contribute.ipynb #d571f934
+# %% ../../nbs/reports/03_contribute.ipynb #05964d79
 def _failed(e: BaseException) -> str: return f'{type(e).__name__}: {e}'
 
 def _loaded(draft: Draft) -> ModuleType:
@@ -815,16 +817,29 @@ def spec_of(module: ModuleType, key: str) -> type | None:
     named = [o for o in vars(module).values() if isinstance(o, type) and o.__module__ == module.__name__ and getattr(o, 'method', None) in (key, key.partition('.')[2], module.__name__.partition('.')[2])]
     return next((o for o in named if callable(getattr(o, 'build', None)) and not isabstract(o)), None)
 
+def objectives_of(module: ModuleType) -> tuple[list[type], list[str]]:
+    "The objectives that a module defines: those that are made without arguments, and the names of those that are not."
+    from lowrank_distill.shapes.objective import Objective
+    own = [o for o in vars(module).values() if isinstance(o, type) and o.__module__ == module.__name__ and issubclass(o, Objective) and not isabstract(o)]
+    free = [o for o in own if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature(o).parameters.values())]
+    return free, [o.__name__ for o in own if o not in free]
+
 def conformance(draft: Draft) -> str:
-    "An adapter keeps the promises of its contract, on ten random layers (`make test`: more, and networks of others)."
-    spec, key = spec_of(_loaded(draft), draft.page.key), draft.page.key
-    if spec is None and draft.page.module.partition('.')[0] in ADAPTER_FAMILIES: raise Worth(f"no exported class has method = '{key}' and `build`: well, if the method is no adapter of its own")
-    if spec is None: return 'no adapter'
-    from lowrank_distill.shapes import conform
+    "An adapter, and every objective that needs no argument, keeps the promises of its contract (`make test`: more, and networks of others)."
+    module, key = _loaded(draft), draft.page.key
+    spec, (objectives, others) = spec_of(module, key), objectives_of(module)
+    if not spec and not objectives and draft.page.module.partition('.')[0] in ADAPTER_FAMILIES:
+        raise Worth(f"no exported class has method = '{key}' and `build`: well, if the method is no adapter of its own")
+    from lowrank_distill.shapes import conform, conform_objective
+    tries = {spec: lambda: conform.adapter(spec, examples=10, others=())} if spec else {}
+    tries |= {o: partial(conform_objective.objective, o) for o in objectives}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # hypothesis leaves notes in the current folder
-        try: conform.adapter(spec, examples=10, others=())
-        except Exception as e: raise Wrong(f'{spec.__name__}: {e if isinstance(e, AssertionError) else _failed(e)}') from None
-    return f'{spec.__name__} keeps the contract of adapters'
+        for kind, look in tries.items():
+            try: look()
+            except Exception as e: raise Wrong(f'{kind.__name__}: {e if isinstance(e, AssertionError) else _failed(e)}') from None
+    if others: raise Worth(f'not tried, since made with arguments: {", ".join(others)}; a cell of the page should call conform_objective.objective')
+    kept = ', '.join(kind.__name__ for kind in tries)
+    return f'{kept} keeps the contract' if kept else 'no adapter and no objective'
 
 # %% ../../nbs/reports/03_contribute.ipynb #04f576df
 def arms(draft: Draft) -> str:
