@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Select', 'Tap', 'as_taps', 'find', 'watch', 'reached', 'inspect', 'call_model', 'blocks', 'suggest_pairs']
 
-# %% ../../nbs/core/03a_taps.ipynb #d52193ce
+# %% ../../nbs/core/03a_taps.ipynb #8199409a
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -161,12 +162,22 @@ def suggest_pairs(teacher: nn.Module, student: nn.Module, batch: object, student
         rows.append(dict(student=own.layer, teacher=other['layer'], student_shape=own.shape, teacher_shape=other['shape'], projector=kind, parameters=numbers))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/core/03a_taps.ipynb #e75766b9
+# %% ../../nbs/core/03a_taps.ipynb #d390f1b8
 def _projector(own: tuple[int, ...], other: tuple[int, ...]) -> tuple[str, int]:
     "What brings a student's tensor to the teacher's shape, and how many numbers that trains; images are (n, channels, height, width), tokens (n, tokens, width)."
+    grid = ''
+    if {len(own), len(other)} == {3, 4}:  # tokens beside maps: the patches are a map, if their number is a square
+        tokens = own if len(own) == 3 else other
+        if (side := _side(tokens[1])) is None: return f'{tokens[1]} tokens fill no square: none fits', 0
+        own, other = ((o[0], o[2], side, side) if len(o) == 3 else o for o in (own, other))
+        grid = f', tokens as a {side} x {side} map'
     if len(own) != len(other): return f'{len(own)} and {len(other)} dimensions: none fits', 0
     image = len(own) == 4
     a, b = (own[1], other[1]) if image else (own[-1], other[-1])
     places = (own[2:] != other[2:]) if image else (own[1:-1] != other[1:-1])
     kind = 'none' if a == b else f'{"1x1 convolution" if image else "linear"} {a} -> {b}'
-    return kind + (', resize' if places else ''), 0 if a == b else a * b
+    return kind + grid + (', resize' if places else ''), 0 if a == b else a * b
+
+def _side(tokens: int) -> int | None:
+    "The side of the square that the tokens fill, but for up to two that stand for no patch; None where they fill none."
+    return next((math.isqrt(n) for n in (tokens, tokens - 1, tokens - 2) if n > 0 and math.isqrt(n) ** 2 == n), None)
