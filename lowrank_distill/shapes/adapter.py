@@ -29,7 +29,7 @@ from ..core.layers import LayerView, Pattern, Site, resolve, select, sites, view
 from ..core.streams import Streams
 from ..core.taps import call_model
 
-# %% ../../nbs/shapes/00_adapter.ipynb #9cfb0432
+# %% ../../nbs/shapes/00_adapter.ipynb #c2845327
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec(abc.ABC):
     "What to attach: JSON values only. A subclass names its `method` (a catalogue key or module) and which field is its rank."
@@ -40,7 +40,9 @@ class AdapterSpec(abc.ABC):
 
     @abc.abstractmethod
     def build(self, layer: LayerView, weight: Tensor, generator: torch.Generator, statistics: object = None) -> 'Adapter':
-        "The adapter of one layer; `weight` is its matrix (out, inp), to be read, never changed."
+        """The adapter of one layer; `weight` is its matrix (out, inp), to be read, never changed.
+
+        `statistics` of the layer, as `shapes.statistics.collect` gives them; None where there are none, and where a file will fill the adapter."""
 
     @abc.abstractmethod
     def count(self, layer: LayerView) -> int:
@@ -416,7 +418,7 @@ def _unreached(lost: list[str], total: int, training: bool) -> InputError:
     return InputError(f'check: {len(lost)} of {total} adapted layers are not reached in {"training" if training else "evaluation"}', given=lost[0],
                       expected='layers that the forward pass calls; exclude= the others')
 
-# %% ../../nbs/shapes/00_adapter.ipynb #47f7c826
+# %% ../../nbs/shapes/00_adapter.ipynb #0831b27a
 def _base_prints(handle: AdapterHandle) -> dict[str, str]:
     "A fingerprint of the base weight of each adapted layer (of the original while merged)."
     there = adapted(handle.model)
@@ -443,7 +445,7 @@ def load_adapter(model: nn.Module, path: str | Path, spec: type[AdapterSpec] | N
     taken = next(iter(handle.layers), None)
     if taken: raise InputError(f'load: layer {taken!r} has an adapter {name!r} already', expected='another name=')
     try:
-        for n, s in specs.items(): adapt(model, s, re.compile(re.escape(n)), name=name, tied='separate')
+        for n, s in specs.items(): adapt(model, s, re.compile(re.escape(n)), name=name, statistics={n: None}, tied='separate')  # the file has them
         _fill(handle, tensors, header, base, str(path))
     except BaseException:
         if handle.layers: handle.remove()
@@ -494,14 +496,17 @@ def _fill(handle: AdapterHandle, tensors: Mapping[str, Tensor], header: dict, ba
     with torch.no_grad():
         for k, t in want.items(): t.copy_(tensors[k])
 
-# %% ../../nbs/shapes/00_adapter.ipynb #e25bd56d
-def capabilities(spec: AdapterSpec, make: Callable[[], nn.Linear] | None = None) -> dict[str, bool]:
-    "What adapters of `spec` can do, found by trying on a small linear layer: has_delta, mergeable, input_dependent, identity_at_start, base_changes, needs_statistics."
+# %% ../../nbs/shapes/00_adapter.ipynb #9294b529
+def capabilities(spec: AdapterSpec, make: Callable[[], nn.Linear] | None = None,
+                 statistics: Callable[[nn.Module, Tensor], Mapping[str, object]] | None = None) -> dict[str, bool]:
+    """What adapters of `spec` can do, found by trying: has_delta, mergeable, input_dependent, identity_at_start, base_changes, needs_statistics.
+
+    `make()` gives the linear layer (12 to 10) on which it is tried; `statistics(network, inputs)` what a spec that needs statistics is attached with."""
     make = make or (lambda: nn.Linear(12, 10))
     g = torch.Generator().manual_seed(0)
     net, x = nn.Sequential(make()), torch.randn(6, 12, generator=g)
     weight, before = net[0].weight.clone(), net(x)
-    handle = adapt(net, spec)
+    handle = adapt(net, spec, statistics=statistics(net, x) if statistics else None)
     start, (adapter,) = net(x), handle.layers.values()
     with torch.no_grad(): [p.add_(torch.randn(p.shape, generator=g), alpha=.1) for p in handle.parameters()]
     delta, added = adapter.eval().delta(), adapter(x)

@@ -63,10 +63,10 @@ def _copied(objective: Objective) -> Objective:
     "A deep copy whose parameters are the very tensors of `objective`, so that gradients reach them."
     return copy.deepcopy(objective, {id(p): p for p in objective.parameters()})
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #2f3adad2
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #cab5df8c
 def gradients(objective: Objective, see: See, n: int = 4, classes: int = 3, seed: int = 0):
     "Each term's gradient in float64 is that of finite differences; at least one input of the student matters."
-    objective = _copied(objective).double()
+    objective = copy.deepcopy(objective).double()
     seen, matters = _double(see, n, classes, seed), False
     names, inputs = zip(*_inputs(seen.student, objective), strict=True)
     for term in terms(objective, seen):
@@ -104,11 +104,11 @@ def _put(module: nn.Module, name: str, value: Tensor):
     owner._parameters.pop(last, None)
     owner._parameters[last] = value
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #955158b6
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #dfc256dc
 def equals(objective: Objective, see: See, naive: Callable[[Seen], Mapping[str, float]], n: int = 5, classes: int = 4, seed: int = 0, tolerance: float = 1e-10):
     "Each term that `naive` gives is that of the objective, relative to its size, in float64."
     seen = _double(see, n, classes, seed)
-    found, expected = terms(_copied(objective).double(), seen), naive(seen)
+    found, expected = terms(copy.deepcopy(objective).double(), seen), naive(seen)
     for name, value in expected.items():
         _say(name in found, f'no term {name!r}; there are {list(found)}')
         gap = abs(found[name].item() - float(value))
@@ -116,7 +116,7 @@ def equals(objective: Objective, see: See, naive: Callable[[Seen], Mapping[str, 
 
 def zero(objective: Objective, see: See, names: Iterable[str], n: int = 5, classes: int = 4, seed: int = 0, tolerance: float = 1e-7):
     "Where the student's pass is the teacher's, the terms in `names` are 0 and so is their gradient."
-    objective, seen = _copied(objective).double(), _double(see, n, classes, seed)
+    objective, seen = copy.deepcopy(objective).double(), _double(see, n, classes, seed)
     teacher = next(iter(seen.teachers.values()))
     features = dict(zip(seen.student.features, (v.clone() for v in teacher.features.values()), strict=True))
     equal = replace(seen, student=Forward(None, None if teacher.logits is None else teacher.logits.clone(), features))

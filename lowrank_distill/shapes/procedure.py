@@ -402,25 +402,27 @@ def _norm(gradients: Sequence[Tensor]) -> float:
     parts = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     return float(torch.stack([torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).to(parts[0].device) for g in parts]).norm())
 
-# %% ../../nbs/shapes/05_procedure.ipynb #35ce72b9
-def replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, *, state: str = 'corner') -> nn.Parameter:
+# %% ../../nbs/shapes/05_procedure.ipynb #c3e7a2b0
+def replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, *, state: str = 'corner',
+                      keep: Mapping[int, Tensor] | None = None) -> nn.Parameter:
     """Let `optimizer` train `new` where it trained `old`; all else that it knows stays. Returns `new`, for the module.
 
-    `state='corner'` carries state and gradient of `old` over: leading rows and columns that both have, zeros in the rest; 'fresh' forgets them."""
+    `state='corner'` carries state and gradient of `old` over: leading rows and columns that both have, zeros in the rest; 'fresh' forgets them.
+    `keep`: dimension -> the indices of `old` that stay, in the order that `new` has them, where those are not the leading ones."""
     if state not in ('corner', 'fresh'):
         raise InputError('replace_parameter: state', given=state, expected="'corner' or 'fresh'")
     place = next(((g['params'], i) for g in optimizer.param_groups for i, p in enumerate(g['params']) if p is old), None)
     if place is None:
         raise InputError('replace_parameter: the optimizer does not hold the old parameter', given=tuple(old.shape))
     known = dict(optimizer.state.get(old, {})) if state == 'corner' else {}
-    moved = {k: _corner(v, old, new, k) for k, v in known.items()}
-    if state == 'corner' and old.grad is not None: new.grad = _corner(old.grad, old, new, 'grad')
+    moved = {k: _corner(v, old, new, k, keep or {}) for k, v in known.items()}
+    if state == 'corner' and old.grad is not None: new.grad = _corner(old.grad, old, new, 'grad', keep or {})
     optimizer.state.pop(old, None)
     if moved: optimizer.state[new] = moved
     place[0][place[1]] = new.requires_grad_(old.requires_grad)
     return new
 
-# %% ../../nbs/shapes/05_procedure.ipynb #27b7f34f
+# %% ../../nbs/shapes/05_procedure.ipynb #51c2acd2
 def add_parameters(optimizer: torch.optim.Optimizer, params: Iterable[nn.Parameter], **options: object):
     "Let `optimizer` train `params` too: in its first group, or with `options` (such as lr) in a new group."
     params = list(params)
@@ -430,13 +432,14 @@ def add_parameters(optimizer: torch.optim.Optimizer, params: Iterable[nn.Paramet
     if options: optimizer.add_param_group(dict(params=params, **options))
     else: optimizer.param_groups[0]['params'] += params
 
-def _corner(value: object, old: Tensor, new: Tensor, key: str) -> object:
+def _corner(value: object, old: Tensor, new: Tensor, key: str, keep: Mapping[int, Tensor]) -> object:
     "A state tensor of the shape of `old`, in the shape of `new`; numbers and scalars as they are."
     if not isinstance(value, Tensor) or value.ndim == 0: return value
     if value.shape != old.shape or old.ndim != new.ndim:
         raise InputError(f'replace_parameter: the state {key!r} has no corner to keep',
                          given=f'{tuple(value.shape)} for {tuple(old.shape)} -> {tuple(new.shape)}', expected="state='fresh'")
-    both = tuple(slice(min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+    for dim, index in keep.items(): value = value.index_select(dim, index.to(value.device))
+    both = tuple(slice(min(a, b)) for a, b in zip(value.shape, new.shape, strict=True))
     out = value.new_zeros(new.shape)
     out[both] = value[both]
     return out
