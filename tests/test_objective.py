@@ -101,6 +101,16 @@ def test_projector_learns_and_teacher_does_not():
     assert all(torch.equal(a, b) for a, b in zip(before[0], teacher.state_dict().values(), strict=True))
     assert not torch.equal(before[1], made.objectives['hint'].project.weight) and all(p.grad is None for p in teacher.parameters())
 
+def test_rate_is_a_factor_of_the_learning_rate():
+    x, y = data()
+    def moved(**rate):
+        student = net()
+        made = Distillation(student, {}, {'hard': CrossEntropy()}, loader=Batches((x, y), 48), steps=2, optimizer=lambda p: torch.optim.SGD(p, lr=.1), **rate)
+        rates = []
+        train(made, progress=lambda at, losses: rates.append(made.optimizer.param_groups[0]['lr']))
+        return rates
+    assert moved() == [.1, .1] and moved(rate=lambda at: 1 - at.fraction) == [.1, .05]
+
 def test_weights_follow_progress_and_names():
     made = hinted()
     made.terms(data()[:2], AT)
@@ -178,6 +188,7 @@ WRONG = {
     'a tap of a function': (lambda: Distillation(net(), {'teacher': Teacher(lambda b: b['inputs'])}, {'r': Reads()}), 'only a network has taps'),
     'a teacher without its input': (lambda: Distillation(net(), {'teacher': Teacher({0: torch.zeros(3)})}, {'kd': SoftTargets()}, example=(X, Y)), 'sample index'),
     'a teacher with another input': (lambda: Distillation(net(), {'teacher': Teacher(language_model())}, {'kd': SoftTargets()}, example=(X, Y)), "teacher 'teacher' cannot run"),
+    'a teacher whose input has another name': (lambda: Distillation(net(), {'teacher': Teacher(vision(), inputs=lambda b: {'images': b['inputs']})}, {'kd': SoftTargets()}, example=IMAGES[:1]), 'cannot run'),
     'labels missing': (lambda: Distillation(net(), {}, {'hard': CrossEntropy()}, example=X), "needs 'labels'"),
     'wrong image size': (lambda: Distillation(vision(16), {}, {'hard': CrossEntropy()}, example=IMAGES), 'the student cannot run'),
     'wrong image size of a teacher': (lambda: Distillation(vision(8), {'teacher': Teacher(vision(16))}, {'kd': SoftTargets()}, example=IMAGES), "teacher 'teacher' cannot run"),

@@ -6,7 +6,7 @@
 __all__ = ['REDUCTIONS', 'SIDE', 'Weight', 'kl', 'Forward', 'Needs', 'Objective', 'CrossEntropy', 'SoftTargets', 'as_batch',
            'inputs_of', 'logits_of', 'look', 'Teacher', 'AdaptersOff', 'EMA', 'Distillation']
 
-# %% ../../nbs/shapes/08_objective.ipynb #a46263b4
+# %% ../../nbs/shapes/08_objective.ipynb #b6fabbca
 import abc
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.errors import InputError, nearest
 from ..core.taps import Tap, as_taps, call_model, find, reached, watch
 from .adapter import AdapterHandle
-from .procedure import Procedure, Progress, Stage
+from .procedure import Optimize, Procedure, Progress, Stage
 
 # %% ../../nbs/shapes/08_objective.ipynb #604f0cb8
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1., reduction: str = 'batchmean', scale_t2: bool = True, mask: Tensor | None = None,
@@ -222,19 +222,19 @@ class EMA(Teacher):
 # %% ../../nbs/shapes/08_objective.ipynb #34b66132
 Weight = float | Callable[[Progress], float]
 
-# %% ../../nbs/shapes/08_objective.ipynb #0c702bf3
+# %% ../../nbs/shapes/08_objective.ipynb #b8f833a1
 class Distillation(Procedure):
     """Train `student` on the weighted terms of `objectives` under `teachers`: a `Procedure` with one optimizer.
 
     `weights`: {objective: weight} or {'objective.term': weight}, a number or a function of `Progress`; 1 where nothing is said. `loader`, `steps`: the
-    data and how long; `optimizer`: from parameters to an optimizer; `example`: a batch on which everything is run once now."""
+    data and how long; `optimizer`: from parameters to an optimizer, `rate`: a factor of its learning rate by `Progress`; `example`: a batch on which everything is run once now."""
 
     def __init__(self, student: nn.Module, teachers: Mapping[str, Teacher], objectives: Mapping[str, Objective], weights: Mapping[str, Weight] | None = None, *, loader: object = None,
-                 steps: int = 0, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW, inputs: Callable[[Mapping], object] = inputs_of,
+                 steps: int = 0, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW, rate: Callable[[Progress], float] | None = None, inputs: Callable[[Mapping], object] = inputs_of,
                  read: Callable[[object], Tensor] = logits_of, example: object = None):
         if not objectives: raise InputError('Distillation: no objective')
         self.student, self.teachers, self.objectives, self.given = student, dict(teachers), nn.ModuleDict(objectives), dict(weights or {})
-        self.inputs, self.read, self.loader, self.steps = inputs, read, loader, steps
+        self.inputs, self.read, self.loader, self.steps, self.rate = inputs, read, loader, steps, rate
         _check_names(self.teachers, objectives, self.given)
         self.taps = _distinct(t for o in objectives.values() for t in o.needs.student)
         self.teacher_taps = {name: _distinct(t for o in objectives.values() for t in o.needs.teachers.get(name, ())) for name in self.teachers}
@@ -250,6 +250,7 @@ class Distillation(Procedure):
         return {'student': self.student, 'objectives': self.objectives, **averages}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: return {'student': self.optimizer}
+    def schedule(self) -> list[Optimize]: return [Optimize('student', schedule=self.rate)]
     def stages(self) -> list[Stage]: return [Stage('distil', self.steps, self.loader)]
 
     def terms(self, batch: object, at: Progress) -> dict[str, Tensor]:
@@ -283,7 +284,7 @@ class Distillation(Procedure):
         weight = self.given.get(name, self.given.get(name.partition('.')[0], 1.))
         return weight(at) if callable(weight) else weight
 
-# %% ../../nbs/shapes/08_objective.ipynb #42f2613f
+# %% ../../nbs/shapes/08_objective.ipynb #6e9acb30
 def _run_once(self: Distillation, batch: Mapping[str, object]):
     "Each network alone, so that an error has its name, then every term, then every weight."
     with _named('the student'): look(self.student, batch, self.taps, inputs=self.inputs, read=self.read)
@@ -305,7 +306,8 @@ def _named(who: str) -> Iterator[None]:
     "A network that cannot run on a batch is bad input, and it is said which network."
     try: yield
     except InputError: raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as e: raise InputError(f'Distillation: {who} cannot run on the example', given=str(e).splitlines()[0]) from None
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as e:  # as networks of others complain of their input
+        raise InputError(f'Distillation: {who} cannot run on the example', given=(str(e).splitlines() or [type(e).__name__])[0], expected='inputs= that make of a batch what it takes') from None
 
 def _check_names(teachers: Mapping[str, Teacher], objectives: Mapping[str, Objective], weights: Mapping[str, Weight]):
     "Every teacher that is asked for is there, every one that is there is asked, every weight belongs to an objective."
