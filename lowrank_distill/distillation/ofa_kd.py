@@ -7,7 +7,7 @@ __all__ = ['FORMS', 'SIZES', 'RATES', 'OWN', 'study', 'target_weights', 'ofa_los
            'Merge', 'TokenExit', 'dim_of', 'exit_branch', 'Head', 'OFA', 'ofa', 'learner', 'last_pair', 'recipe',
            'taught', 'run_arm']
 
-# %% ../../nbs/distillation/04_ofa_kd.ipynb #bd27e484
+# %% ../../nbs/distillation/04_ofa_kd.ipynb #f564cab6
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -27,7 +27,7 @@ from .logits import DIST, Decayed, _check, _mean, _wide, smoothed
 from ..models.small import accuracy
 from ..models.teachers import embedded
 from ..models.vision import Mixer, Vision, ViTBlock, linear
-from ..shapes.objective import CrossEntropy, Forward, Needs, Objective, SoftTargets, Teacher, look
+from ..shapes.objective import CrossEntropy, Forward, Needs, Objective, SoftTargets, Teacher
 from ..shapes.procedure import Batches
 from ..shapes.train import Trained, train
 
