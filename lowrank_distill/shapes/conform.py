@@ -127,7 +127,7 @@ def _raises(kind: type[Exception], what: str) -> Iterator[None]:
     except kind: return
     raise AssertionError(what)
 
-# %% ../../nbs/shapes/04_conform.ipynb #b24547ac
+# %% ../../nbs/shapes/04_conform.ipynb #c8c661c4
 def training(spec: Make):
     "Ten steps with weight decay leave every weight of the base as it was, give it no gradient, and move the adapter."
     net, x = _small(), torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -147,6 +147,7 @@ def training(spec: Make):
 def copies(spec: Make):
     "A deep copy has adapters of its own; a state dict carries them."
     net, x, _ = _trained(spec)
+    net.eval()  # an adapter may remember what it sees in training
     out, state = net(x), copy.deepcopy(net.state_dict())
     twin = copy.deepcopy(net)
     shake(handle_of(twin), torch.Generator().manual_seed(2))

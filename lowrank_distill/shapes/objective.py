@@ -222,7 +222,7 @@ class EMA(Teacher):
 # %% ../../nbs/shapes/08_objective.ipynb #34b66132
 Weight = float | Callable[[Progress], float]
 
-# %% ../../nbs/shapes/08_objective.ipynb #b8f833a1
+# %% ../../nbs/shapes/08_objective.ipynb #585f6f2d
 class Distillation(Procedure):
     """Train `student` on the weighted terms of `objectives` under `teachers`: a `Procedure` with one optimizer.
 
@@ -263,7 +263,6 @@ class Distillation(Procedure):
         return found
 
     def losses(self, batch: object, at: Progress) -> dict[str, dict[str, Tensor]]: return {'student': self.terms(batch, at)}
-
     def weights(self, at: Progress) -> dict[str, float]:
         "The weight of every term of the last batch now."
         return {name: self._weight(name, at) for name in self.names}
