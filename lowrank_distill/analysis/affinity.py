@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'NORMALISE', 'affinity', 'Affinities', 'match', 'as_map', 'contrast', 'contrast_networks', 'figure',
            'overlay']
 
-# %% ../../nbs/analysis/01_affinity.ipynb #9b13f666
+# %% ../../nbs/analysis/01_affinity.ipynb #3ad236e9
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +18,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cka import _evaluating
 from ..core.errors import InputError, nearest
-from ..core.taps import Tap, call_model, reached, watch
+from ..core.taps import Tap, call_model, evaluating, reached, watch
 
 # %% ../../nbs/analysis/01_affinity.ipynb #d54fd772
 KINDS, NORMALISE = ('spatial', 'channel', 'batch'), ('cosine', 'row', 'raw')
@@ -113,7 +112,7 @@ def _dealt(count: int, generator: torch.Generator) -> Tensor:
     order[cycle] = cycle.roll(1)
     return order
 
-# %% ../../nbs/analysis/01_affinity.ipynb #0fcc6cff
+# %% ../../nbs/analysis/01_affinity.ipynb #0f25bc08
 def match(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
     "Two maps (n, C, H, W) pooled to the smaller height and width, by the mean of areas (windows overlap where sizes do not divide)."
     if teacher.ndim != 4 or student.ndim != 4:
@@ -141,7 +140,7 @@ def contrast_networks(teacher: nn.Module, student: nn.Module, inputs: object, te
                       temperature: float | None = None, centred: bool = False) -> Affinities:
     "`contrast` at a place of each network (eval mode, no graph) on `inputs`: a tensor, a tuple of arguments or a mapping of keywords."
     found = []
-    with _evaluating(teacher, student):
+    with evaluating(teacher, student):
         for model, tap in ((teacher, teacher_tap), (student, student_tap)):
             with watch(model, [tap]) as features: call_model(model, inputs)
             reached(features, [tap])

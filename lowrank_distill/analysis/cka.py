@@ -6,10 +6,9 @@
 __all__ = ['ESTIMATORS', 'KERNELS', 'gram', 'centre', 'hsic', 'cka', 'rbf', 'Grams', 'grams', 'leaves', 'Note', 'compare',
            'CKAMap', 'cka_map']
 
-# %% ../../nbs/analysis/00_cka.ipynb #9d4c37ac
-import contextlib
+# %% ../../nbs/analysis/00_cka.ipynb #c41f615b
 import html
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, nearest
-from ..core.taps import Tap, _taken, as_taps, call_model, inspect, reached, watch
+from ..core.taps import Tap, as_taps, call_model, evaluating, inspect, reached, taken, watch
 from ..shapes.objective import as_batch, inputs_of
 
 # %% ../../nbs/analysis/00_cka.ipynb #ee601124
@@ -94,7 +93,7 @@ def rbf(k: Tensor, bandwidth: float = 1.) -> Tensor:
     middle = d[~torch.eye(len(k), dtype=torch.bool, device=k.device)].median()
     return torch.exp(-d / (2 * bandwidth**2 * middle)) if middle > 0 else torch.ones_like(k)
 
-# %% ../../nbs/analysis/00_cka.ipynb #5d3bde55
+# %% ../../nbs/analysis/00_cka.ipynb #64defc25
 @dataclass(frozen=True, eq=False)
 class Grams:
     "What a network holds alike: for each of `layers`, in forward order, the linear Gram of all inputs in `matrices` (L, n, n), and its number of features `p`."
@@ -124,12 +123,12 @@ def grams(model: nn.Module, data: Tensor | Iterable, taps: Iterable[Tap | str] |
     Without `taps`: every module without children, in the order of the calls. `inputs`: from a batch to what the network is called with. More rows than `limit` (n squared numbers
     a layer), numbers of rows that differ between layers, and features that are not finite are an `InputError`."""
     parts = _inputs(data, inputs, limit)
-    with _evaluating(model):
+    with evaluating(model):
         taps = leaves(model, parts[0]) if taps is None else as_taps(taps)
         blocks = _blocks(model, parts, taps)
     return _joined(taps, *blocks, len(parts))
 
-# %% ../../nbs/analysis/00_cka.ipynb #c8b556c4
+# %% ../../nbs/analysis/00_cka.ipynb #965ca092
 def leaves(model: nn.Module, batch: object) -> tuple[Tap, ...]:
     "Taps on the modules without children whose output has a row for each input, in the order of their first call."
     places, n = list(inspect(model, batch).itertuples()), _count(batch)
@@ -154,22 +153,12 @@ def _inputs(data: object, inputs: Callable, limit: int) -> list[object]:
     if not n: raise InputError('cka: no data')
     return parts
 
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    "All modules in eval mode; afterwards each is as it was."
-    modes = {m: m.training for model in models for m in model.modules()}
-    try:
-        for model in models: model.eval()
-        yield
-    finally:
-        for m, training in modes.items(): m.training = training
-
-# %% ../../nbs/analysis/00_cka.ipynb #601827b1
+# %% ../../nbs/analysis/00_cka.ipynb #5815a4ae
 def _passing(model: nn.Module, batch: object, taps: tuple[Tap, ...], use: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
     "One forward pass; for each tap what `use(key, features (n, p))` makes of them in the hook."
     def within(tap: Tap) -> Tap:
         whole = tap.side == 'input' and tap.select is None  # `watch` hands a function all arguments
-        return replace(tap, select=lambda value: use(tap.key, _rows(_taken(tap, next(iter(value.values())) if whole else value))), name=tap.key)
+        return replace(tap, select=lambda value: use(tap.key, _rows(taken(tap, next(iter(value.values())) if whole else value))), name=tap.key)
     with watch(model, map(within, taps)) as found: call_model(model, batch)
     reached(found, taps)
     return dict(found)

@@ -6,7 +6,7 @@
 __all__ = ['EPS', 'MODES', 'SIZES', 'OWN', 'study', 'embed', 'nce', 'normaliser', 'refreshed', 'draw', 'CRD', 'pair_of', 'recipe',
            'run_arm', 'described', 'neighbours']
 
-# %% ../../nbs/distillation/03_contrastive.ipynb #a5939468
+# %% ../../nbs/distillation/03_contrastive.ipynb #029904fa
 import math
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ from ..data.images import fashion_mnist
 from .features import Pair, apprentice, learner
 from ..models.small import accuracy
 from ..models.teachers import embedded
-from ..shapes.objective import CrossEntropy, Forward, Needs, Objective, SoftTargets, Teacher, look
+from ..shapes.objective import CrossEntropy, Needs, Objective, SoftTargets, Teacher, look
 from ..shapes.procedure import Progress
 
 # %% ../../nbs/distillation/03_contrastive.ipynb #2e9880a2

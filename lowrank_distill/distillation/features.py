@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'RATES', 'OWN', 'study', 'Pair', 'paired', 'as_map', 'attent
            'regressor', 'map_shapes', 'drawn', 'FitNet', 'vid', 'alpha_of', 'VID', 'three', 'learner', 'apprentice',
            'Remembered', 'recipe', 'run_arm', 'agreement']
 
-# %% ../../nbs/distillation/01_features.ipynb #4ede0e51
+# %% ../../nbs/distillation/01_features.ipynb #f0f7c1e7
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from ..core.evidence import Claim, Study
 from ..core.streams import Streams
 from ..core.taps import Tap, as_taps, inspect, suggest_pairs
 from ..data.images import fashion_mnist
-from .logits import Decayed
+from .logits import Decayed, _mean, _wide
 from ..models.small import accuracy
 from ..models.teachers import embedded
 from ..models.vision import ConvNet
@@ -66,18 +66,12 @@ def as_map(features: Tensor) -> Tensor:
     side = math.isqrt(tokens - extra)
     return features[:, extra:].transpose(1, 2).unflatten(2, (side, side))
 
-# %% ../../nbs/distillation/01_features.ipynb #f5777fd9
+# %% ../../nbs/distillation/01_features.ipynb #8488e785
 def _tap(places: pd.DataFrame, layer: str) -> Tap:
     "The output of `layer`, or the part of it that `inspect` found to be a tensor."
     part = places.set_index('layer')['select'].get(layer)
     if isinstance(part, str): return Tap(layer, select=part)
     return Tap(layer) if pd.isna(part) else Tap(layer, select=int(part))
-
-def _wide(x: Tensor) -> Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
-
-def _mean(x: Tensor) -> Tensor:
-    "The mean, 0 where there is nothing."
-    return x.sum() / max(1, x.numel())
 
 def _needs(pairs: Sequence[Pair], teacher: str) -> Needs:
     "What the taps of `pairs` ask for."

@@ -7,7 +7,7 @@ __all__ = ['VECTORS', 'MAPS', 'FORMS', 'WEIGHTS', 'SIZES', 'RATES', 'OWN', 'stud
            'rkd_distance', 'directions', 'cosines', 'rkd_angle', 'sp', 'pkt', 'cc_rbf', 'kernel', 'cc_pairs',
            'Relation', 'RKD', 'SP', 'PKT', 'CC', 'relation', 'remembered', 'recipe', 'run_arm']
 
-# %% ../../nbs/distillation/02_relations.ipynb #1a1be798
+# %% ../../nbs/distillation/02_relations.ipynb #2d6946ef
 import abc
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from .logits import _mean, _wide, pearson
 from ..models.small import accuracy
 from ..models.teachers import embedded
 from ..models.vision import linear, start
-from ..shapes.objective import CrossEntropy, Forward, Needs, Objective, SoftTargets, Teacher, look
+from ..shapes.objective import CrossEntropy, Needs, Objective, SoftTargets, Teacher, look
 
 VECTORS = Tap('net.head', side='input', name='vector'), Tap('head', side='input', name='vector')  # what the last layers read
 MAPS = 'net.blocks.1', 'groups.2'  # the last maps, of the student and the teacher

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASES', 'MLP', 'accuracy', 'pretrain', 'make', 'pretrained']
 
-# %% ../../nbs/models/00_small.ipynb #882f07d1
+# %% ../../nbs/models/00_small.ipynb #e0773cfa
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from ..core.errors import InputError
 from ..core.files import asset, load_tensors, save_tensors
 from ..core.streams import Streams
+from ..core.taps import evaluating
 from ..data.images import Labelled, batches, digits, fashion_mnist, shift
 from ..shapes.training import fit
 
-# %% ../../nbs/models/00_small.ipynb #29a408e3
+# %% ../../nbs/models/00_small.ipynb #cbd0a3cb
 class MLP(nn.Module):
     "Layers fc1 ... fcL of the given `sizes` with ReLU between; input (batch, ...) is flattened, output logits (batch, sizes[-1])."
 
@@ -43,10 +44,8 @@ class MLP(nn.Module):
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Labelled, batch: int = 2048) -> float:
     "Share of rows of `data` whose largest logit is the label's; the model's mode is put back."
-    was = model.training
-    model.eval()
-    right = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(data.images.split(batch), data.labels.split(batch), strict=True))
-    model.train(was)
+    with evaluating(model):
+        right = sum((model(x).argmax(1) == y).sum().item() for x, y in zip(data.images.split(batch), data.labels.split(batch), strict=True))
     return right / max(1, len(data))
 
 # %% ../../nbs/models/00_small.ipynb #5e12db6b

@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'NETWORKS', 'Vision', 'linear', 'conv', 'start', 'norm_layer', 'ConvNet', 'BasicBlock', 'ResNet', 'Mlp',
            'Attention', 'ViTBlock', 'MixerBlock', 'Tokens', 'ViT', 'Mixer', 'options', 'build', 'multiply_adds']
 
-# %% ../../nbs/models/01_vision.ipynb #1ad35571
+# %% ../../nbs/models/01_vision.ipynb #62997d5a
 import abc
 import inspect
 import math
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import InputError, nearest
+from ..core.taps import evaluating
 
 # %% ../../nbs/models/01_vision.ipynb #fe7f23b6
 class Vision(nn.Module, abc.ABC):
@@ -275,11 +276,9 @@ def build(network: str, image: Sequence[int], classes: int, generator: torch.Gen
         if name not in known: raise InputError(f'{network}: no option {name!r}', nearest=nearest(name, known, 3))
     return NETWORKS[network](image, classes, **chosen, generator=generator)
 
-# %% ../../nbs/models/01_vision.ipynb #05406470
+# %% ../../nbs/models/01_vision.ipynb #761f2108
 @torch.no_grad()
 def multiply_adds(net: Vision) -> int:
     "Multiplications with addition in convolutions, linear layers and attention for one image, half of what PyTorch's counter calls FLOPs."
-    was, device = net.training, net.mean.device
-    with FlopCounterMode(display=False) as counter: net.eval()(torch.zeros(1, *net.image, device=device))
-    net.train(was)
+    with evaluating(net), FlopCounterMode(display=False) as counter: net(torch.zeros(1, *net.image, device=net.mean.device))
     return counter.get_total_flops() // 2

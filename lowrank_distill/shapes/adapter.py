@@ -6,7 +6,7 @@
 __all__ = ['CHILD', 'AdapterSpec', 'Adapter', 'Adapters', 'Place', 'adapted', 'hidden', 'adapt', 'AdapterHandle', 'handle_of',
            'Switch', 'check_reach', 'save_adapter', 'load_adapter', 'capabilities']
 
-# %% ../../nbs/shapes/00_adapter.ipynb #8e8adc6d
+# %% ../../nbs/shapes/00_adapter.ipynb #0cf0c730
 import abc
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from ..core.errors import DamagedFile, InputError, RunFailed, nearest
 from ..core.files import fingerprint, load_tensors, save_tensors
 from ..core.layers import LayerView, Pattern, Site, resolve, select, sites, view
 from ..core.streams import Streams
-from ..core.taps import call_model
+from ..core.taps import call_model, modes_kept
 
 # %% ../../nbs/shapes/00_adapter.ipynb #c2845327
 @dataclass(frozen=True, kw_only=True)
@@ -390,24 +390,21 @@ def _remove(model: nn.Module, name: str, keep_merged: bool):
         trainable = set(model.__dict__.pop('_lowrank_trainable', ()))
         for k, p in model.named_parameters(): p.requires_grad_(k in trainable)
 
-# %% ../../nbs/shapes/00_adapter.ipynb #9a2e8ed4
+# %% ../../nbs/shapes/00_adapter.ipynb #c96b03e7
 def check_reach(model: nn.Module, batch: object, call: Callable[[nn.Module, object], object] | None = None):
     """Run `model` on `batch` once in train mode and once in eval mode without gradients; adapted layers that are not reached are an `InputError`.
 
     `batch`: a tensor, a tuple of arguments or a mapping of keywords; `call(model, batch)` where that is not how the model is called."""
-    there, modes = adapted(model), {m: m.training for m in model.modules()}
-    buffers = {b: b.clone() for b in model.buffers()}
+    there, buffers = adapted(model), {b: b.clone() for b in model.buffers()}
     try:
         for training in (True, False):
-            model.train(training)
             seen: list[nn.Module] = []
             watch = [m.register_forward_hook(partial(_saw, seen)) for m in {p.host for p in there.values()}]
             try:
-                with torch.random.fork_rng(), torch.set_grad_enabled(training): call_model(model, batch, call)
+                with modes_kept(model), torch.random.fork_rng(), torch.set_grad_enabled(training): call_model(model.train(training), batch, call)
             finally: [w.remove() for w in watch]
             if lost := [n for n, p in there.items() if p.host not in seen]: raise _unreached(lost, len(there), training)
     finally:
-        for m, training in modes.items(): m.training = training
         with torch.no_grad(): [b.copy_(was) for b, was in buffers.items()]
 
 # %% ../../nbs/shapes/00_adapter.ipynb #ab14427d

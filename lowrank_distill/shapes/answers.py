@@ -46,7 +46,7 @@ def _spread(kept: Tensor, index: Tensor, classes: int) -> Tensor:
     left = (1 - kept.exp().sum().double()).clamp(min=1e-7) / max(1, rest)
     return torch.full((classes,), left.log().item()).index_copy(0, index, kept)
 
-# %% ../../nbs/shapes/08b_answers.ipynb #03ee22e0
+# %% ../../nbs/shapes/08b_answers.ipynb #a50160ba
 def keep_answers(path: str | Path, teacher: nn.Module | Teacher, data: Tensor | tuple | Mapping, *, batch: int = 256, top: int | None = None, dtype: torch.dtype = torch.float16) -> Answers:
     """The answers of a network to every sample of `data`, in order, read from `path` or asked for and written there, atomically.
 
@@ -62,8 +62,8 @@ def keep_answers(path: str | Path, teacher: nn.Module | Teacher, data: Tensor | 
     logits = torch.cat(rows)
     if logits.dim() != 2 or not logits.isfinite().all(): raise InputError('keep_answers: the teacher gives no finite logits (n, classes)', given=tuple(logits.shape))
     if top is not None and top > logits.shape[1]: raise InputError('keep_answers: top', given=top, expected=f'<= {logits.shape[1]} classes')
-    save_tensors(path, _kept(logits, top, dtype), says | dict(classes=logits.shape[1]))
-    tensors, _ = load_tensors(path)
+    tensors = _kept(logits, top, dtype)
+    save_tensors(path, tensors, says | dict(classes=logits.shape[1]))
     return Answers(tensors['numbers'], logits.shape[1], tensors.get('index'), asked=True)
 
 # %% ../../nbs/shapes/08b_answers.ipynb #9255b521

@@ -6,7 +6,7 @@
 __all__ = ['Make', 'layers', 'Bare', 'algebra', 'shake', 'training', 'copies', 'files', 'functional', 'precisions', 'networks',
            'network', 'adapter']
 
-# %% ../../nbs/shapes/04_conform.ipynb #ef5904f7
+# %% ../../nbs/shapes/04_conform.ipynb #75d3a0ad
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InputError, RunFailed
+from ..core.errors import InputError, RunFailed, must
 from ..core.layers import sites
 from .adapter import AdapterHandle, AdapterSpec, adapt, adapted, capabilities, handle_of, load_adapter
 
@@ -111,13 +111,13 @@ def _merging(handle: AdapterHandle, net: nn.Module, base: nn.Module, x: Tensor, 
 def _no_merge(handle: AdapterHandle):
     with _raises(InputError, 'an adapter without a delta must refuse to merge'): handle.merge()
 
-# %% ../../nbs/shapes/04_conform.ipynb #4b148fac
+# %% ../../nbs/shapes/04_conform.ipynb #5ba43cd0
 def shake(handle: AdapterHandle, g: torch.Generator):
     "Numbers other than the start in every trainable parameter."
     with torch.no_grad(): [p.normal_(generator=g) for p in handle.parameters()]
 
 def _say(holds: bool, what: str, rank: int | None = None):
-    if not holds: raise AssertionError(what if rank is None else f'{what} (rank {rank})')
+    must(holds, what if rank is None else f'{what} (rank {rank})')
 
 def _close(a: Tensor, b: Tensor) -> bool: return torch.allclose(a, b, atol=1e-10, rtol=1e-10)
 

@@ -6,7 +6,7 @@
 __all__ = ['Make', 'PROMISES', 'ordinary', 'hostile', 'round_trip', 'sizes', 'passes', 'targets', 'replays', 'refused', 'edits',
            'strict', 'artefact']
 
-# %% ../../nbs/shapes/10_conform_artefact.ipynb #a5e2141d
+# %% ../../nbs/shapes/10_conform_artefact.ipynb #624138ac
 import copy
 import json
 import re
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import InputError, must
 from ..core.files import fingerprint, read_json
 from ..core.streams import Streams
 from ..data.images import Labelled
@@ -44,17 +44,17 @@ def hostile() -> dict[str, Labelled]:
             'an empty class': data.subset(data.labels != 1), 'constant images': replace(data, images=flat),
             'tiny and huge numbers': replace(data, images=data.images * sizes)}
 
-# %% ../../nbs/shapes/10_conform_artefact.ipynb #db30896a
+# %% ../../nbs/shapes/10_conform_artefact.ipynb #3deb192f
 def round_trip(made: DataArtefact):
     "Saved and loaded everything is as it was, tensors to the bit and in their types, and passes; saved again, the same files."
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         again = type(made).load(made.save(one), made.known)
-        _say(_prints(made) == _prints(again), f'from disk {_other(_prints(made), _prints(again))} is another')
+        must(_prints(made) == _prints(again), f'from disk {_other(_prints(made), _prints(again))} is another')
         for seed in (0, 1):
-            _say(_same(made.materialise(_luck(seed)), again.materialise(_luck(seed))),
+            must(_same(made.materialise(_luck(seed)), again.materialise(_luck(seed))),
                  'from disk the passes are others')
         again.save(two)
-        _say(_files(one) == _files(two), f'saved again, {_other(_files(one), _files(two))} differs')
+        must(_files(one) == _files(two), f'saved again, {_other(_files(one), _files(two))} differs')
 
 def sizes(made: DataArtefact):
     "`bytes()` is what the files of a folder take, by group."
@@ -63,12 +63,9 @@ def sizes(made: DataArtefact):
         found = dict.fromkeys(('images', 'targets', 'extra'), 0)
         for path in Path(folder).iterdir():
             found[path.name.split('-')[0] if path.name.split('-')[0] in found else 'extra'] += path.stat().st_size
-    _say(made.bytes()._asdict() == found, f'bytes() says {made.bytes()._asdict()}, the files take {found}')
+    must(made.bytes()._asdict() == found, f'bytes() says {made.bytes()._asdict()}, the files take {found}')
 
-# %% ../../nbs/shapes/10_conform_artefact.ipynb #51d571c1
-def _say(holds: bool, what: str):
-    if not holds: raise AssertionError(what)
-
+# %% ../../nbs/shapes/10_conform_artefact.ipynb #f1a89c71
 def _luck(seed: int) -> torch.Generator: return Streams(seed).generator('augment')
 
 def _prints(made: DataArtefact) -> dict[str, str]:
@@ -83,42 +80,42 @@ def _other(a: Mapping, b: Mapping) -> str: return next((k for k in sorted({*a, *
 
 def _same(a: Pass, b: Pass) -> bool: return all(fingerprint(x) == fingerprint(y) for x, y in zip(a, b, strict=True))
 
-# %% ../../nbs/shapes/10_conform_artefact.ipynb #ee836199
+# %% ../../nbs/shapes/10_conform_artefact.ipynb #669b0566
 def passes(made: DataArtefact):
     "A pass follows from its generator alone, in any batch; another one draws other views; the global one is left alone."
     before, first = torch.get_rng_state(), made.materialise(_luck(0))
     torch.rand(3, generator=torch.Generator().manual_seed(0))
-    _say(_same(first, made.materialise(_luck(0))), 'one generator gives two passes')
-    _say(torch.equal(before, torch.get_rng_state()), 'a pass moves the global generator')
+    must(_same(first, made.materialise(_luck(0))), 'one generator gives two passes')
+    must(torch.equal(before, torch.get_rng_state()), 'a pass moves the global generator')
     n = len(made)
-    _say(first.inputs.shape[0] == n == len(first.targets) and torch.equal(first.rows, torch.arange(n)),
+    must(first.inputs.shape[0] == n == len(first.targets) and torch.equal(first.rows, torch.arange(n)),
          'a pass is not one of each image, in order')
     backwards = made.read(first.rows.flip(0), first.views.flip(0))
-    _say(_same(first, Pass(*(t.flip(0) for t in backwards))), 'an image or target depends on the order of the rows')
+    must(_same(first, Pass(*(t.flip(0) for t in backwards))), 'an image or target depends on the order of the rows')
     for i in {0, n // 2, n - 1}:
-        _say(_same(Pass(*(t[i:i + 1] for t in first)), made.read(first.rows[i:i + 1], first.views[i:i + 1])),
+        must(_same(Pass(*(t[i:i + 1] for t in first)), made.read(first.rows[i:i + 1], first.views[i:i + 1])),
              'an image or target depends on its batch')
     if made.views is not None and made.views.count > 1 and made.views.ops:
         others = [made.materialise(_luck(seed)) for seed in range(1, 5)]
-        _say(any(not torch.equal(first.views, o.views) for o in others), 'every generator draws the same views')
+        must(any(not torch.equal(first.views, o.views) for o in others), 'every generator draws the same views')
 
 def targets(made: DataArtefact):
     "Targets have the shape and the numbers that their form promises; class numbers fit."
     seen, n, width = made.materialise(_luck(0)), len(made), made.targets.width()
     t = seen.targets
-    _say(seen.inputs.ndim == 4 and seen.inputs.dtype == torch.float32 and bool(seen.inputs.isfinite().all()),
+    must(seen.inputs.ndim == 4 and seen.inputs.dtype == torch.float32 and bool(seen.inputs.isfinite().all()),
          'inputs are not finite float32 images')
     if made.form == 'labels':
-        return _say(t.shape == (n,) and t.dtype == torch.int64 and bool(((t >= 0) & (t < width)).all()),
+        return must(t.shape == (n,) and t.dtype == torch.int64 and bool(((t >= 0) & (t < width)).all()),
                     f'labels are not (n,) class numbers: {t.dtype} {tuple(t.shape)}')
-    _say(t.shape == (n, width) and t.dtype == torch.float32 and bool(t.isfinite().all()),
+    must(t.shape == (n, width) and t.dtype == torch.float32 and bool(t.isfinite().all()),
          f'targets are not finite float32 (n, {width}): {t.dtype} {tuple(t.shape)}')
     if made.form == 'probabilities':
-        _say(bool((t >= 0).all() and ((t.sum(1) - 1).abs() < .01).all()), 'probabilities do not sum to 1')
+        must(bool((t >= 0).all() and ((t.sum(1) - 1).abs() < .01).all()), 'probabilities do not sum to 1')
     if made.form != 'vector':
-        _say(made.labels().shape == (n,) and made.labels().dtype == torch.int64, 'labels() is not one class an image')
+        must(made.labels().shape == (n,) and made.labels().dtype == torch.int64, 'labels() is not one class an image')
 
-# %% ../../nbs/shapes/10_conform_artefact.ipynb #ab2602cc
+# %% ../../nbs/shapes/10_conform_artefact.ipynb #d63452be
 def replays(made: DataArtefact):
     "A stored label is read for its own view and no other; a view is the same now, later and from disk; views differ."
     if made.views is None: return
@@ -127,15 +124,15 @@ def replays(made: DataArtefact):
     first, order = made.read(*pairs.T), torch.randperm(len(pairs), generator=_luck(0))
     if made.targets.kind == 'stored':
         for k, (i, v) in enumerate(pairs.tolist()):
-            _say(torch.equal(first.targets[k], _label(made, i, v)),
+            must(torch.equal(first.targets[k], _label(made, i, v)),
                  f'view {v} of image {i} has a label that was not stored for it')
         beyond = torch.tensor([max(kept(0)) + 10**6])
         refused(lambda: made.read(torch.tensor([0]), beyond), 'a view without a stored label is read')
     if len(kept(0)) > 1 and made.views.ops and not _constant(made):
-        _say(len({fingerprint(x) for x in first.inputs}) > n, 'all views of an image are the same')
+        must(len({fingerprint(x) for x in first.inputs}) > n, 'all views of an image are the same')
     with tempfile.TemporaryDirectory() as folder: again = type(made).load(made.save(folder), made.known)
     mixed = again.read(*pairs[order].T)
-    _say(_same(Pass(*(t[order] for t in first)), mixed), 'a view is another one when it is replayed')
+    must(_same(Pass(*(t[order] for t in first)), mixed), 'a view is another one when it is replayed')
 
 def refused(call: Callable[[], object], what: str):
     "`AssertionError` with `what` unless the call is an `InputError`."
@@ -220,7 +217,7 @@ def _damaged(file: Path, read: Callable[[], object]):
     refused(read, f'a missing file is not noticed: {file.suffix}')
     file.write_bytes(data)
 
-# %% ../../nbs/shapes/10_conform_artefact.ipynb #f9a7b604
+# %% ../../nbs/shapes/10_conform_artefact.ipynb #196a8ec5
 PROMISES = passes, targets, replays, sizes, round_trip, strict  # what is on disk last: it says least about why
 
 def artefact(make: Make, *, data: Labelled | None = None, refuses: bool = True):
@@ -232,7 +229,7 @@ def artefact(make: Make, *, data: Labelled | None = None, refuses: bool = True):
     for name, given in ({'ordinary data': data or ordinary()} | hostile()).items():
         try: made = make(given)
         except InputError as e:
-            _say(name != 'ordinary data' and refuses, f'{name}: refused, {e}')
+            must(name != 'ordinary data' and refuses, f'{name}: refused, {e}')
             continue
         for promise in PROMISES:
             try: promise(made)

@@ -6,16 +6,16 @@
 __all__ = ['HOSTILE', 'Seen', 'See', 'classification', 'terms', 'gradients', 'equals', 'zero', 'hostile', 'at_temperatures',
            'remembers', 'repeats', 'objective']
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #72161f61
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #a9273f28
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.errors import InputError, RunFailed
+from ..core.errors import InputError, RunFailed, must
 from ..core.taps import Tap
 from .objective import Forward, Objective
 from .procedure import Progress
@@ -45,25 +45,22 @@ def classification(objective: Objective, shapes: Mapping[str, tuple[int, ...]] |
         return Seen(student, teachers, batch)
     return see
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #c99f0fcb
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #e2a43c0e
 def terms(objective: Objective, seen: Seen, at: Progress = Progress(3, 10, 'check', 3, 10), seed: int = 0) -> dict[str, Tensor]:  # noqa: B008
     "The terms of a copy of `objective` on `seen`, from a fixed random state; no scalar, or nothing at all, is an `AssertionError`."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         found = _copied(objective)(seen.student, seen.teachers, seen.batch, at)
-    _say(isinstance(found, Mapping) and bool(found), 'no term is returned')
-    for name, value in found.items(): _say(isinstance(value, Tensor) and value.dim() == 0, f'term {name!r} is no scalar tensor')
+    must(isinstance(found, Mapping) and bool(found), 'no term is returned')
+    for name, value in found.items(): must(isinstance(value, Tensor) and value.dim() == 0, f'term {name!r} is no scalar tensor')
     return dict(found)
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #8ceca282
-def _say(holds: bool, what: str):
-    if not holds: raise AssertionError(what)
-
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #f9acbec5
 def _copied(objective: Objective) -> Objective:
     "A deep copy whose parameters are the very tensors of `objective`, so that gradients reach them."
     return copy.deepcopy(objective, {id(p): p for p in objective.parameters()})
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #cab5df8c
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #f7cf2bbb
 def gradients(objective: Objective, see: See, n: int = 4, classes: int = 3, seed: int = 0):
     "Each term's gradient in float64 is that of finite differences; at least one input of the student matters."
     objective = copy.deepcopy(objective).double()
@@ -76,9 +73,9 @@ def gradients(objective: Objective, see: See, n: int = 4, classes: int = 3, seed
         try: torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
         except RuntimeError as e:  # GradcheckError is one
             raise AssertionError(f'term {term!r}: the gradient is not that of the value ({str(e).splitlines()[0]})') from None
-    _say(matters, 'no term depends on the student')
+    must(matters, 'no term depends on the student')
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #d949eec3
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #d60b7202
 def _double(see: See, n: int, classes: int, seed: int) -> Seen: return see(n, classes, 1., torch.float64, torch.Generator().manual_seed(seed))
 
 def _inputs(student: Forward, objective: Objective) -> Iterator[tuple[str, Tensor]]:
@@ -93,26 +90,17 @@ def _with(objective: Objective, seen: Seen, given: Mapping[str, Tensor]) -> tupl
     logits = given.get('logits')
     features = {k: given[f'feature {k}'] for k in seen.student.features}
     changed = copy.deepcopy(objective, {id(p): given[f'parameter {k}'] for k, p in objective.named_parameters() if p.requires_grad})
-    for k, v in given.items():
-        if k.startswith('parameter '): _put(changed, k.removeprefix('parameter '), v)
     return changed, replace(seen, student=Forward(logits, logits, features))
 
-def _put(module: nn.Module, name: str, value: Tensor):
-    "Let the parameter `name` of `module` be `value`."
-    path, _, last = name.rpartition('.')
-    owner = module.get_submodule(path)
-    owner._parameters.pop(last, None)
-    owner._parameters[last] = value
-
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #dfc256dc
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #9918fc0e
 def equals(objective: Objective, see: See, naive: Callable[[Seen], Mapping[str, float]], n: int = 5, classes: int = 4, seed: int = 0, tolerance: float = 1e-10):
     "Each term that `naive` gives is that of the objective, relative to its size, in float64."
     seen = _double(see, n, classes, seed)
     found, expected = terms(copy.deepcopy(objective).double(), seen), naive(seen)
     for name, value in expected.items():
-        _say(name in found, f'no term {name!r}; there are {list(found)}')
+        must(name in found, f'no term {name!r}; there are {list(found)}')
         gap = abs(found[name].item() - float(value))
-        _say(gap <= tolerance * max(1., abs(float(value))), f'term {name!r} is {found[name].item():.12g}, the plain loop says {float(value):.12g}')
+        must(gap <= tolerance * max(1., abs(float(value))), f'term {name!r} is {found[name].item():.12g}, the plain loop says {float(value):.12g}')
 
 def zero(objective: Objective, see: See, names: Iterable[str], n: int = 5, classes: int = 4, seed: int = 0, tolerance: float = 1e-7):
     "Where the student's pass is the teacher's, the terms in `names` are 0 and so is their gradient."
@@ -123,9 +111,9 @@ def zero(objective: Objective, see: See, names: Iterable[str], n: int = 5, class
     keys, inputs = zip(*_inputs(equal.student, objective), strict=True)
     found = terms(*_with(objective, equal, dict(zip(keys, inputs, strict=True))))
     for name in names:
-        _say(abs(found[name].item()) <= tolerance, f'term {name!r} is {found[name].item():.3g} where student and teacher are equal')
+        must(abs(found[name].item()) <= tolerance, f'term {name!r} is {found[name].item():.3g} where student and teacher are equal')
         for key, grad in zip(keys, torch.autograd.grad(found[name], inputs, retain_graph=True, allow_unused=True), strict=True):
-            _say(grad is None or grad.abs().max().item() <= tolerance, f'term {name!r} pulls at {key} where student and teacher are equal')
+            must(grad is None or grad.abs().max().item() <= tolerance, f'term {name!r} pulls at {key} where student and teacher are equal')
 
 # %% ../../nbs/shapes/08a_conform_objective.ipynb #4a849584
 def hostile(objective: Objective, see: See, seed: int = 0) -> dict[str, str]:
@@ -147,7 +135,7 @@ def at_temperatures(make: Callable[[float], Objective], see: See, temperatures: 
     "`hostile` for the objectives that `make(temperature)` gives."
     return {T: hostile(make(T), see) for T in temperatures}
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #01975a70
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #b93434aa
 def _survives(objective: Objective, seen: Seen, case: str) -> str:
     "'finite', or the text of an error of ours; anything else is an `AssertionError` with the case."
     objective = _copied(objective)
@@ -159,11 +147,11 @@ def _survives(objective: Objective, seen: Seen, case: str) -> str:
     except (InputError, RunFailed) as e: return str(e)
     except AssertionError: raise
     except Exception as e: raise AssertionError(f'{case}: {type(e).__name__} instead of a value or an InputError: {str(e).splitlines()[0]}') from None
-    for name, value in found.items(): _say(bool(value.isfinite()), f'{case}: term {name!r} is {value.item()}')
-    for key, grad in zip(keys, grads, strict=False): _say(grad is None or bool(grad.isfinite().all()), f'{case}: the gradient at {key} is not finite')
+    for name, value in found.items(): must(bool(value.isfinite()), f'{case}: term {name!r} is {value.item()}')
+    for key, grad in zip(keys, grads, strict=False): must(grad is None or bool(grad.isfinite().all()), f'{case}: the gradient at {key} is not finite')
     return 'finite'
 
-# %% ../../nbs/shapes/08a_conform_objective.ipynb #cca15668
+# %% ../../nbs/shapes/08a_conform_objective.ipynb #bcd40f0c
 def remembers(make: Callable[[], Objective], see: See, seed: int = 0):
     "After a few calls the state goes through `state_dict` into a fresh objective, which then gives the same terms; a deep copy as well."
     first, g = make(), torch.Generator().manual_seed(seed)
@@ -173,22 +161,22 @@ def remembers(make: Callable[[], Objective], see: See, seed: int = 0):
         for seen in passes[:2]: first(seen.student, seen.teachers, seen.batch, at)
     second, copied = make(), copy.deepcopy(first)
     state = first.state_dict()
-    for name, v in state.items(): _say(isinstance(v, Tensor), f'state_dict() holds {name!r}, which is no tensor')
+    for name, v in state.items(): must(isinstance(v, Tensor), f'state_dict() holds {name!r}, which is no tensor')
     second.load_state_dict({k: v.clone() for k, v in state.items()})
     expected = terms(first, passes[2])
     for who, other in {'loaded': second, 'copied': copied}.items():
         found = terms(other, passes[2])
         lost = [k for k in expected if not torch.equal(found[k], expected[k])]
-        _say(not lost, f'{who} from its state, the objective gives another {lost[:1]}: something it remembers is no buffer')
+        must(not lost, f'{who} from its state, the objective gives another {lost[:1]}: something it remembers is no buffer')
 
 def repeats(objective: Objective, see: See, seed: int = 0):
     "Two calls from one random state agree, and neither the passes nor torch's global generator are changed by what draws from a generator of its own."
     seen = see(4, 3, 1., torch.float32, torch.Generator().manual_seed(seed))
     kept = copy.deepcopy(seen)
     first, second = terms(objective, seen), terms(objective, seen)
-    _say(all(torch.equal(first[k], second[k]) for k in first) and first.keys() == second.keys(), 'two calls from one random state differ')
+    must(all(torch.equal(first[k], second[k]) for k in first) and first.keys() == second.keys(), 'two calls from one random state differ')
     for who, (a, b) in {'student': (seen.student, kept.student), **{n: (seen.teachers[n], kept.teachers[n]) for n in seen.teachers}}.items():
-        _say(torch.equal(a.logits, b.logits) and all(torch.equal(a.features[k], b.features[k]) for k in a.features), f'the pass of {who!r} was changed in place')
+        must(torch.equal(a.logits, b.logits) and all(torch.equal(a.features[k], b.features[k]) for k in a.features), f'the pass of {who!r} was changed in place')
 
 # %% ../../nbs/shapes/08a_conform_objective.ipynb #d8029844
 def objective(make: Callable[[], Objective], *, shapes: Mapping[str, tuple[int, ...]] | None = None, see: See | None = None, naive: Callable[[Seen], Mapping[str, float]] | None = None,

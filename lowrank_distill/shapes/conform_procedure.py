@@ -6,7 +6,7 @@
 __all__ = ['Make', 'runs', 'frozen', 'rhythm', 'Stopped', 'stop', 'resumes', 'non_finite', 'trains_nothing', 'plain_state',
            'procedure']
 
-# %% ../../nbs/shapes/07_conform_procedure.ipynb #11e38cda
+# %% ../../nbs/shapes/07_conform_procedure.ipynb #93e5f0e9
 import math
 import random
 import tempfile
@@ -16,13 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError, RunFailed
+from ..core.errors import InputError, RunFailed, must
 from ..core.files import fingerprint
 from ..core.layers import matches
 from .procedure import Optimize, Plan, Procedure, Progress, Stage, parameters, plan
 from .train import Trained, optimizer_tree, pack, train, unpack
 
-# %% ../../nbs/shapes/07_conform_procedure.ipynb #9e0ffee7
+# %% ../../nbs/shapes/07_conform_procedure.ipynb #e29adae1
 Make = Callable[[], Procedure]
 
 def runs(make: Make) -> Trained:
@@ -33,14 +33,11 @@ def runs(make: Make) -> Trained:
         torch.rand(3)
         before = torch.get_rng_state()
         again = train(second)
-        _say(torch.equal(before, torch.get_rng_state()), 'training moves the global generator')
-    _say(made.losses == again.losses and not _differing(first, second), f'two runs with one seed differ: {_differing(first, second)}')
+        must(torch.equal(before, torch.get_rng_state()), 'training moves the global generator')
+    must(made.losses == again.losses and not _differing(first, second), f'two runs with one seed differ: {_differing(first, second)}')
     return made
 
-# %% ../../nbs/shapes/07_conform_procedure.ipynb #328f41de
-def _say(holds: bool, what: str):
-    if not holds: raise AssertionError(what)
-
+# %% ../../nbs/shapes/07_conform_procedure.ipynb #ea377a4f
 def _tensors(procedure: Procedure) -> dict[str, Tensor]:
     "A copy of every tensor of the networks, by 'network.name'."
     return {f'{n}.{k}': v.clone() for n, net in procedure.networks().items() for k, v in net.state_dict().items()}
@@ -50,7 +47,7 @@ def _differing(a: Procedure, b: Procedure) -> list[str]:
     mine, other = _tensors(a), _tensors(b)
     return sorted(k for k in {*mine, *other} if k not in mine or k not in other or fingerprint(mine[k]) != fingerprint(other[k]))
 
-# %% ../../nbs/shapes/07_conform_procedure.ipynb #bfdb5d31
+# %% ../../nbs/shapes/07_conform_procedure.ipynb #b8d20a9e
 def frozen(make: Make, updates: Iterable[str] = ()):
     "A parameter that does not train changes in no step, unless a pattern of `updates` means it."
     procedure = make()
@@ -60,7 +57,7 @@ def frozen(make: Make, updates: Iterable[str] = ()):
         now, still = _tensors(procedure), [k for k, p in parameters(procedure).items() if not p.requires_grad and not any(matches(u, k) for u in updates)]
         changed = [k for k in still if k in last and (now[k].shape != last[k].shape or not torch.equal(now[k], last[k]))]
         between = at.stage_step == 0 and (at.step > 0 or stages[at.stage].on_enter)  # a callback of a stage may change what it likes
-        _say(between or not changed, f'{changed[:1]} does not train and changes at {at}')
+        must(between or not changed, f'{changed[:1]} does not train and changes at {at}')
         last = now
     train(procedure, progress=look)
 
@@ -73,13 +70,13 @@ def rhythm(make: Make):
     def look(at: Progress, losses: Mapping[str, float]):
         for o in made.schedule:
             wanted = int(o.name in procedure.due(at) and o.turn(at)[1])
-            _say(count[o.name] == wanted, f'{o.name!r} steps {count[o.name]} times at {at}, declared: {wanted}')
+            must(count[o.name] == wanted, f'{o.name!r} steps {count[o.name]} times at {at}, declared: {wanted}')
             count[o.name] = 0
     train(procedure, progress=look)
     for n, opt in made.optimizers.items():
         held = {id(p) for g in opt.param_groups for p in g['params']}
         moved = [k for k, p in parameters(procedure).items() if id(p) in held and not (k in before and torch.equal(before[k], p))]
-        _say(bool(moved), f'{n!r} moves none of its parameters')
+        must(bool(moved), f'{n!r} moves none of its parameters')
 
 # %% ../../nbs/shapes/07_conform_procedure.ipynb #e6bf17de
 class Stopped(Exception): "What the suite raises to end a run."
@@ -96,7 +93,7 @@ def stop(procedure: Procedure, step: int, inside: bool) -> Callable[[Progress, M
     procedure.losses = broken
     return progress
 
-# %% ../../nbs/shapes/07_conform_procedure.ipynb #5e362680
+# %% ../../nbs/shapes/07_conform_procedure.ipynb #808acc01
 def resumes(make: Make, tries: int = 5, seed: int = 0) -> int:
     "Runs that are stopped and resumed at random steps end with the bits and losses of the undisturbed one; how many resumes there were."
     whole, luck, count = make(), random.Random(seed), 0
@@ -111,9 +108,9 @@ def resumes(make: Make, tries: int = 5, seed: int = 0) -> int:
             resumed = make()
             made = train(resumed, checkpoint=folder, every=every)
         where = f'stopped at {stops}, a checkpoint every {every} steps'
-        _say(not _differing(whole, resumed), f'resumed, {_differing(whole, resumed)[:3]} differ ({where})')
-        _say(made.losses == expected.losses and made.moments == expected.moments, f'resumed, the losses differ ({where})')
-        _say(_kept(resumed) == _kept(whole), f'resumed, optimizers or state() differ ({where})')
+        must(not _differing(whole, resumed), f'resumed, {_differing(whole, resumed)[:3]} differ ({where})')
+        must(made.losses == expected.losses and made.moments == expected.moments, f'resumed, the losses differ ({where})')
+        must(_kept(resumed) == _kept(whole), f'resumed, optimizers or state() differ ({where})')
     return count
 
 # %% ../../nbs/shapes/07_conform_procedure.ipynb #1ac37465
@@ -123,7 +120,7 @@ def _kept(procedure: Procedure) -> str:
     trees = [pack(optimizer_tree(o, names), tensors, n) for n, o in procedure.optimizers().items()] + [pack(dict(procedure.state()), tensors, 'state')]
     return fingerprint(dict(trees=trees, tensors=tensors))
 
-# %% ../../nbs/shapes/07_conform_procedure.ipynb #c76e7471
+# %% ../../nbs/shapes/07_conform_procedure.ipynb #7d4fd253
 def non_finite(make: Make):
     "A term that is NaN is a `RunFailed` with optimizer, term, step and stage, and no parameter of an optimizer has moved since the losses were computed."
     procedure, seen = make(), {}
@@ -141,10 +138,10 @@ def non_finite(make: Make):
     except RunFailed as e: said = str(e)
     else: raise AssertionError('a loss that is NaN goes unnoticed' if seen else 'step() never asks losses()')
     missing = [w for w in (seen['name'], f'step {step} ', repr(seen['at'].stage)) if w not in said]
-    _say(not missing, f'the error about a loss that is NaN does not say {missing}: {said}')
-    _say(fingerprint(_held(procedure, made)) == fingerprint(seen['before']), 'a loss that is NaN has moved a parameter')
+    must(not missing, f'the error about a loss that is NaN does not say {missing}: {said}')
+    must(fingerprint(_held(procedure, made)) == fingerprint(seen['before']), 'a loss that is NaN has moved a parameter')
 
-# %% ../../nbs/shapes/07_conform_procedure.ipynb #2818a488
+# %% ../../nbs/shapes/07_conform_procedure.ipynb #6bbef589
 def trains_nothing(make: Make):
     "A stage with no trained parameter is an `InputError` before anything happens."
     procedure = make()
@@ -152,7 +149,7 @@ def trains_nothing(make: Make):
     procedure.stages = lambda: [Stage(first.name, 1, first.loader, trainable=())]
     before = _tensors(procedure)
     try: train(procedure)
-    except InputError: _say(fingerprint(before) == fingerprint(_tensors(procedure)), 'a refused procedure has changed')
+    except InputError: must(fingerprint(before) == fingerprint(_tensors(procedure)), 'a refused procedure has changed')
     else: raise AssertionError('a stage that trains nothing is not refused')
 
 def plain_state(make: Make):
@@ -163,7 +160,7 @@ def plain_state(make: Make):
     kept = {k: v.clone() for k, v in tensors.items()}
     fresh.load_state(unpack(packed, kept))
     again: dict[str, Tensor] = {}
-    _say(pack(dict(fresh.state()), again, 'state') == packed and fingerprint(again) == fingerprint(kept), 'load_state(state()) does not give state() back')
+    must(pack(dict(fresh.state()), again, 'state') == packed and fingerprint(again) == fingerprint(kept), 'load_state(state()) does not give state() back')
 
 # %% ../../nbs/shapes/07_conform_procedure.ipynb #e4fb1e87
 def _held(procedure: Procedure, made: Plan) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@
 __all__ = ['REDUCTIONS', 'SIDE', 'Weight', 'kl', 'Forward', 'Needs', 'Objective', 'CrossEntropy', 'SoftTargets', 'as_batch',
            'inputs_of', 'logits_of', 'look', 'Teacher', 'AdaptersOff', 'EMA', 'Distillation']
 
-# %% ../../nbs/shapes/08_objective.ipynb #b6fabbca
+# %% ../../nbs/shapes/08_objective.ipynb #ec249f7b
 import abc
 import contextlib
 import copy
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import InputError, nearest
-from ..core.taps import Tap, as_taps, call_model, find, reached, watch
+from ..core.taps import Tap, as_taps, call_model, evaluating, find, reached, watch
 from .adapter import AdapterHandle
 from .procedure import Optimize, Procedure, Progress, Stage
 
@@ -139,7 +139,7 @@ def look(model: nn.Module, batch: Mapping[str, object], taps: Iterable[Tap | str
     reached(features, taps)
     return Forward(output, read(output), dict(features))
 
-# %% ../../nbs/shapes/08_objective.ipynb #2d4fd776
+# %% ../../nbs/shapes/08_objective.ipynb #80a54451
 class Teacher:
     """Something that answers a batch with a `Forward`, without a graph.
 
@@ -165,10 +165,7 @@ class Teacher:
         if not isinstance(self.source, nn.Module):
             found = self.source(batch)
             return found if isinstance(found, Forward) else Forward(found, logits_of(found))
-        modes = {m: m.training for m in self.source.modules()}
-        try: return self._network(self.source.eval(), batch, as_taps(taps))
-        finally:
-            for m, training in modes.items(): m.training = training
+        with evaluating(self.source): return self._network(self.source, batch, as_taps(taps))
 
     def _network(self, model: nn.Module, batch: Mapping[str, object], taps: tuple[Tap, ...]) -> Forward:
         if self.until is None: return look(model, batch, taps, inputs=self.inputs, read=self.read)

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'BACKWARD', 'Loss', 'rows', 'counted', 'mask_of', 'How', 'Su
            'parts', 'look_at', 'one_pass', 'SiteStatistics', 'means', 'Statistics', 'collect', 'epoch', 'model_print',
            'save_statistics', 'load_statistics', 'data_print']
 
-# %% ../../nbs/shapes/11_statistics.ipynb #985de89b
+# %% ../../nbs/shapes/11_statistics.ipynb #ba052337
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..core.errors import DamagedFile, InputError, RunFailed, nearest
 from ..core.files import fingerprint, load_tensors, save_tensors
 from ..core.layers import LayerView, Pattern, Site, matches, select, view
-from ..core.taps import call_model
+from ..core.taps import call_model, evaluating
 from .adapter import hidden
 from .objective import as_batch, inputs_of
 from .procedure import Batches
@@ -127,21 +127,18 @@ class Sums:
         if 'gradient' in self.how.what: self.add('gradient', weight * g)
         if 'fisher' in self.how.what: self.add('fisher', weight * g.square())
 
-# %% ../../nbs/shapes/11_statistics.ipynb #0feca7c4
+# %% ../../nbs/shapes/11_statistics.ipynb #e453c01e
 @contextlib.contextmanager
 def untouched(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Within the block `model` is in eval mode, only `trained` require grad, and no gradient is there.
 
     Afterwards modes, flags and gradients are as before."""
-    modes = {m: m.training for m in model.modules()}
     flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     trained = {id(p) for p in trained}
     try:
-        model.eval()
         for p in flags: p.grad, _ = None, p.requires_grad_(id(p) in trained)
-        yield
+        with evaluating(model): yield
     finally:
-        for m, training in modes.items(): m.training = training
         for p, (needs, grad) in flags.items(): p.requires_grad_(needs).grad = grad
 
 # %% ../../nbs/shapes/11_statistics.ipynb #3f303d15
