@@ -23,6 +23,9 @@ docs: .venv/ready
 evidence: .venv/ready
 	$(CLI) evidence
 
+bench: .venv/ready
+	$(PY) tools/bench.py
+
 clean:
 	rm -rf docs _proc runs build dist
 
@@ -33,4 +36,4 @@ clean:
 	.venv/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.PHONY: demo test check lab docs evidence clean
+.PHONY: demo test check lab docs evidence bench clean

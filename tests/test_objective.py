@@ -216,3 +216,13 @@ def test_a_stage_that_trains_nothing_is_refused_before_any_step():
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(InputError, match='no trained parameter matches'): train(Staged(student, {}, {'hard': CrossEntropy()}, loader=Batches((X, Y), 8), steps=2))
     assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+
+def test_teachers_move_with_the_student():
+    "A teacher that is a network goes where `train(device=)` sends the student, and is no part of a checkpoint."
+    from lowrank_distill.shapes.train import place
+    teacher, shadow, student = net(seed=1), net(seed=2), net()
+    run = Distillation(student, {'teacher': Teacher(teacher), 'average': Teacher(shadow), 'known': Teacher({0: torch.zeros(3)})},
+                       {n: SoftTargets(2., teacher=n) for n in ('teacher', 'average', 'known')}, steps=1)
+    place(run, 'meta')
+    assert {p.device.type for m in (teacher, shadow, student) for p in m.parameters()} == {'meta'}
+    assert list(run.networks()) == ['student', 'objectives'] and run.fixed() == [teacher, shadow]

@@ -219,7 +219,7 @@ class EMA(Teacher):
 # %% ../../nbs/shapes/08_objective.ipynb #34b66132
 Weight = float | Callable[[Progress], float]
 
-# %% ../../nbs/shapes/08_objective.ipynb #585f6f2d
+# %% ../../nbs/shapes/08_objective.ipynb #c7dd7e64
 class Distillation(Procedure):
     """Train `student` on the weighted terms of `objectives` under `teachers`: a `Procedure` with one optimizer.
 
@@ -245,7 +245,7 @@ class Distillation(Procedure):
     def networks(self) -> dict[str, nn.Module]:
         averages = {f'average of {n}': t.source for n, t in self.teachers.items() if isinstance(t, EMA)}
         return {'student': self.student, 'objectives': self.objectives, **averages}
-
+    def fixed(self) -> list[nn.Module]: return [t.source for t in self.teachers.values() if isinstance(t.source, nn.Module)]
     def optimizers(self) -> dict[str, torch.optim.Optimizer]: return {'student': self.optimizer}
     def schedule(self) -> list[Optimize]: return [Optimize('student', schedule=self.rate)]
     def stages(self) -> list[Stage]: return [Stage('distil', self.steps, self.loader)]

@@ -160,7 +160,7 @@ class Optimize:
         gathered = moments.index(at.step) % self.accumulate + 1
         return gathered, gathered == self.accumulate or at.step == moments[-1]
 
-# %% ../../nbs/shapes/05_procedure.ipynb #55fc199e
+# %% ../../nbs/shapes/05_procedure.ipynb #aeee73b2
 class Procedure(ABC):
     """Anything that is trained. `networks` and `optimizers` return the same objects at each call; `method` is written into checkpoints.
 
@@ -178,6 +178,7 @@ class Procedure(ABC):
     def losses(self, batch: object, at: Progress) -> dict[str, dict[str, Tensor]]:
         "{optimizer: {term: scalar}}; what is not due (`self.due(at)`) may be left out."
 
+    def fixed(self) -> list[nn.Module]: return []  # networks that only answer: moved with the others, and not saved
     def schedule(self) -> list[Optimize]: return [Optimize(name) for name in self.optimizers()]
     def weights(self, at: Progress) -> Mapping[str, float]: return {}
     def before_step(self, at: Progress) -> None: return       # before the batch is seen

@@ -416,15 +416,15 @@ def train(procedure: Procedure, *, seed: int = 0, device: str | torch.device | N
     if not whole: check_advanced(procedure, run.position.counts)
     return _result(run)
 
-# %% ../../nbs/shapes/06_train.ipynb #1d0b6a4b
+# %% ../../nbs/shapes/06_train.ipynb #e704e934
 def place(procedure: Procedure, device: str | torch.device | None):
-    "Move networks and what their optimizers know to `device`; None moves nothing, a device that is not there is an `InputError`."
+    "Move networks, those that only answer too, and what optimizers know to `device`; None moves nothing, a device that is not there is an `InputError`."
     if device is None: return
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as e:
         raise InputError('train: the device cannot be used', given=str(device),
                          expected=str(e).splitlines()[0]) from None
-    for net in procedure.networks().values(): send_to_device(net, device)
+    for net in [*procedure.networks().values(), *procedure.fixed()]: send_to_device(net, device)
     for opt in procedure.optimizers().values():
         for state in opt.state.values(): state.update({k: v if k == 'step' else send_to_device(v, device) for k, v in state.items()})
 
