@@ -5,7 +5,7 @@ export PLOTLY_RENDERER = plotly_mimetype
 export OMP_NUM_THREADS ?= 1
 
 demo: .venv/ready
-	OMP_NUM_THREADS=2 $(CLI) run dylora
+	OMP_NUM_THREADS=2 $(CLI) run tour
 	@echo "go on: 'make lab' opens the notebooks, '$(CLI) list' names the methods"
 
 test: .venv/ready

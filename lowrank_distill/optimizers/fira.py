@@ -18,39 +18,43 @@ from ..core.streams import Streams
 from ..models.language_model import Config, LanguageModel
 from .galore import CONTEXT, RATES, SIZES, GaLore, back, galore_groups, learn, prepare, project, side
 
-# %% ../../nbs/optimizers/01_fira.ipynb #5e9f8fe7
+# %% ../../nbs/optimizers/01_fira.ipynb #a8c68d88
 def residual(grad: Tensor, low: Tensor, held: Mapping[str, Tensor], alpha: float = 1.) -> Tensor:
-    "G - alpha P R, (m, n): what the subspace leaves of the gradient; the official code keeps 1 - alpha of the part inside as well."
+    "G - alpha P R, (m, n): what the subspace leaves of the gradient, with 1 - alpha of the part inside."
     a, b = back(low, held)
     return torch.addmm(grad, a, b, alpha=-alpha)
 
 def factors(n: Tensor, low: Tensor, which: str, level: str = 'vector') -> Tensor:
-    "phi: by how much Adam stretched each column ('left') or row ('right') of R, (1, n) or (m, 1); one number for all with level 'matrix', 1 with 'none'."
+    """phi: by how much Adam stretched each column ('left') or row ('right') of R, (1, n) or (m, 1).
+
+    One number for all with level 'matrix', the number 1 with 'none'."""
     if level == 'none': return n.new_ones(1, 1)
     along = (0, 1) if level == 'matrix' else 0 if which == 'left' else 1  # the dimension of length r
     return n.norm(dim=along, keepdim=True) / (low.norm(dim=along, keepdim=True) + 1e-8)
 
-# %% ../../nbs/optimizers/01_fira.ipynb #07a11aef
+# %% ../../nbs/optimizers/01_fira.ipynb #e1a9337e
 def limit(s: Tensor, rho: Tensor, gamma: float = 1.01, floor: float = 1e-6) -> tuple[Tensor, Tensor]:
-    "`s` shortened to at most `gamma` times `rho`, the norm of the last one after its own limiting, and its norm; a `rho` up to `floor` limits nothing."
+    "`s` shortened to at most `gamma` * `rho`, the limited norm of the last one, and its norm; no limit up to `floor`."
     norm = s.norm()
     most = torch.where(rho > floor, gamma * rho, torch.inf)
     factor = (most / norm).clamp(max=1)
     return s * factor, norm * factor
 
-# %% ../../nbs/optimizers/01_fira.ipynb #a90bbd7d
+# %% ../../nbs/optimizers/01_fira.ipynb #c08ebd44
 class Fira(GaLore):
     """GaLore that also applies the gradient outside of its subspace (Chen et al. 2024).
 
-    `residual`: 'code' (G - alpha P R), 'paper' (G - P R), 'none' (= GaLore); `level` of its scaling: 'vector' (columns or rows), 'matrix', 'none';
-    `gamma`: growth of its norm from step to step (None: no limit), which begins anew from a norm up to `floor`. All other options: `GaLore`."""
+    `residual`: 'code' (G - alpha P R), 'paper' (G - P R), 'none' (= GaLore); `level` of its scaling: 'vector'
+    (columns or rows), 'matrix', 'none'; `gamma`: growth of its norm from step to step (None: no limit), which
+    begins anew from a norm up to `floor`. All other options: `GaLore`."""
     OPTIONS = GaLore.OPTIONS | dict(residual='code', level='vector', gamma=1.01, floor=1e-6)
 
     def add_param_group(self, group: dict):
         super().add_param_group(group)
         check_extras(self.param_groups[-1])
 
-    def move(self, p: nn.Parameter, grad: Tensor, low: Tensor, n: Tensor, size: float, group: dict, state: dict, held: dict[str, Tensor]):
+    def move(self, p: nn.Parameter, grad: Tensor, low: Tensor, n: Tensor, size: float, group: dict, state: dict,
+             held: dict[str, Tensor]):
         "W <- W - size (scale P N + S), S = phi (G - alpha P R), its growth limited."
         super().move(p, grad, low, n, size, group, state, held)
         if not held or group['residual'] == 'none': return
@@ -59,46 +63,60 @@ class Fira(GaLore):
         if group['gamma']: s, state['rho'] = limit(s, state.get('rho', n.new_zeros(())), group['gamma'], group['floor'])
         p.add_(s.to(p.dtype).view(p.shape), alpha=-size)
 
-# %% ../../nbs/optimizers/01_fira.ipynb #a31d5f0e
+# %% ../../nbs/optimizers/01_fira.ipynb #734a60de
 EXTRAS = dict(residual=('code', 'paper', 'none'), level=('vector', 'matrix', 'none'))
 
 def check_extras(group: dict):
     "`InputError` for an option's value that is none."
     for key, known in EXTRAS.items():
-        if group[key] not in known: raise InputError(f'Fira: {key}', given=group[key], expected=known, nearest=nearest(str(group[key]), known, 1))
-    if group['gamma'] is not None and not group['gamma'] > 1: raise InputError('Fira: gamma', given=group['gamma'], expected='> 1, or None: no limit')
-    if group['kind'] == 'full' and group['level'] == 'vector': raise InputError('Fira: a two-sided projection has no columns to scale', given='full', expected="level='matrix', or another kind")
+        if group[key] not in known:
+            raise InputError(f'Fira: {key}', given=group[key], expected=known,
+                             nearest=nearest(str(group[key]), known, 1))
+    if group['gamma'] is not None and not group['gamma'] > 1:
+        raise InputError('Fira: gamma', given=group['gamma'], expected='> 1, or None: no limit')
+    if group['kind'] == 'full' and group['level'] == 'vector':
+        raise InputError('Fira: a two-sided projection has no columns to scale', given='full',
+                         expected="level='matrix', or another kind")
 
-# %% ../../nbs/optimizers/01_fira.ipynb #84234ada
-VARIANTS = {'': {}, 'unscaled': dict(level='none'), 'matrix': dict(level='matrix'), 'free': dict(gamma=None), 'clip': dict(gamma=None), 'paper': dict(residual='paper')}
+# %% ../../nbs/optimizers/01_fira.ipynb #04808425
+VARIANTS = {'': {}, 'unscaled': dict(level='none'), 'matrix': dict(level='matrix'), 'free': dict(gamma=None),
+            'clip': dict(gamma=None), 'paper': dict(residual='paper')}
 
 def run_arm(arm: str, config: dict, seed: int, scale: str = 'cpu', device: str = 'cpu') -> dict[str, float]:
     """One run of the study, on the task, data, seeds and budget of GaLore's.
 
-    Arms: adam and galore_rRANK as there; fira_rRANK, and with _unscaled, _matrix (one factor a matrix), _free (no limiter), _clip (the gradient's norm
-    clipped to 1 instead), _paper (its residual). Metrics: those of GaLore's `run_arm`."""
+    Arms: adam and galore_rRANK as there; fira_rRANK, and with _unscaled, _matrix (one factor a matrix), _free (no
+    limiter), _clip (the gradient's norm clipped to 1 instead), _paper (its residual). Metrics: as there."""
     size, streams = SIZES[scale], Streams(seed)
-    net = LanguageModel(Config(dim=size['dim'], depth=size['depth'], hidden=size['hidden'], context=CONTEXT), streams.generator('init')).to(device)
+    net = LanguageModel(Config(dim=size['dim'], depth=size['depth'], hidden=size['hidden'], context=CONTEXT),
+                        streams.generator('init')).to(device)
     kind, *rest = arm.split('_')
     if kind != 'fira': optimizer, before_step = prepare(net, arm, size, streams)
-    else: optimizer, before_step = Fira(galore_groups(net, int(rest[0][1:]), gap=size['gap']), **VARIANTS[''.join(rest[1:])]), lambda step: None
-    if 'clip' in rest: optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(net.parameters(), 1.) and None)
+    else:
+        optimizer, before_step = Fira(galore_groups(net, int(rest[0][1:]), gap=size['gap']),
+                                      **VARIANTS[''.join(rest[1:])]), lambda step: None
+    if 'clip' in rest:
+        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(net.parameters(), 1.) and None)
     return learn(net, optimizer, config['lr'], size, streams, device, before_step)
 
-# %% ../../nbs/optimizers/01_fira.ipynb #b4b67557
-ARMS = ['adam', *[f'{kind}_r{r}' for kind in ('galore', 'fira') for r in (4, 16)], *[f'fira_r16_{v}' for v in VARIANTS if v]]
-FIRST = {arm: 2.5e-3 if arm.startswith('fira') and arm != 'fira_r16_unscaled' else RATES[arm.split('_')[0].replace('fira', 'galore')] for arm in ARMS}  # the first rate of five
+# %% ../../nbs/optimizers/01_fira.ipynb #70bebaa1
+ARMS = ['adam', *[f'{kind}_r{r}' for kind in ('galore', 'fira') for r in (4, 16)],
+        *[f'fira_r16_{v}' for v in VARIANTS if v]]
+FIRST = {arm: 2.5e-3 if arm.startswith('fira') and arm != 'fira_r16_unscaled'
+         else RATES[arm.split('_')[0].replace('fira', 'galore')] for arm in ARMS}  # the first rate of five
 study = Study('fira', run=run_arm, select='validation', tune_seeds=(100,), seeds=(0, 1, 2, 3, 4), arms=ARMS,
-              space={arm: {'lr': [FIRST[arm] * 2**i for i in range(5)]} for arm in ARMS}, data=['data/state_of_the_union.jsonl.gz'], minutes=28,
+              space={arm: {'lr': [FIRST[arm] * 2**i for i in range(5)]}
+                     for arm in ARMS}, data=['data/state_of_the_union.jsonl.gz'], minutes=28,
               claims=[Claim(key='galore', primary=True, treatment=['fira_r4:quality', 'fira_r16:quality'], baseline=['galore_r4:quality', 'galore_r16:quality'], delta=.05,
                             text='nats a byte, mean over ranks 4 and 16: Fira above GaLore'),
-                      Claim(key='adam', treatment='fira_r16:quality', baseline='adam:quality', delta=.02, text='nats a byte: Fira of rank 16 against full Adam'),
+                      Claim(key='adam', treatment='fira_r16:quality', baseline='adam:quality', delta=.02,
+                            text='nats a byte: Fira of rank 16 against full Adam'),
                       Claim(key='scaling', treatment='fira_r16:quality', baseline='fira_r16_unscaled:quality', delta=.05,
                             text='nats a byte at rank 16: Fira above Fira without scaling')])
 
-# %% ../../nbs/optimizers/01_fira.ipynb #cf0b1b2f
+# %% ../../nbs/optimizers/01_fira.ipynb #4b571653
 def stretch(optimizer: GaLore, p: nn.Parameter) -> tuple[float, Tensor]:
-    "phi of a matrix as a whole, and of its columns or rows, from the gradient and the 32-bit moments right after a step; of full Adam where nothing is projected."
+    "phi of a matrix as a whole, and of its columns or rows, right after a step (of full Adam where nothing is projected)."
     state, grad = optimizer.state[p], p.grad.reshape(len(p), -1)
     held = {k: state[k] for k in ('left', 'right') if k in state}
     n = state['m'].reshape(project(grad, held).shape) / (state['v'].reshape(project(grad, held).shape).sqrt() + 1e-6)

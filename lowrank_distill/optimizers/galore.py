@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'RULES', 'SMALL', 'HALF', 'CHOICES', 'SIZES', 'CONTEXT', 'BATCH', 'WHOLE', 'RATES', 'ARMS', 'study', 'side',
            'basis', 'project', 'back', 'adam', 'sgd', 'adafactor', 'read_moment', 'write_moment', 'Stored',
-           'check_group', 'new_basis', 'add_product', 'GaLore', 'unprojected', 'galore_groups', 'state_values',
-           'state_table', 'dynamic_map', 'quantise', 'dequantise', 'in_backward', 'run_arm', 'learn', 'prepare',
+           'check_group', 'new_basis', 'add_product', 'GaLore', 'unprojected', 'galore_groups', 'dynamic_map',
+           'quantise', 'dequantise', 'state_values', 'state_table', 'in_backward', 'run_arm', 'learn', 'prepare',
            'inside', 'factorised', 'restarts']
 
 # %% ../../nbs/optimizers/00_galore.ipynb #801098ef
@@ -33,22 +33,25 @@ from ..models.language_model import Config, LanguageModel, next_token_loss, perp
 from ..shapes.adapter import AdapterHandle, adapt
 from ..shapes.training import fit, linear_schedule
 
-# %% ../../nbs/optimizers/00_galore.ipynb #2de5fdc0
+# %% ../../nbs/optimizers/00_galore.ipynb #a601cab4
 KINDS = 'std', 'reverse_std', 'left', 'right', 'full'
 
 def side(shape: tuple[int, int], kind: str = 'std') -> str:
-    "Which side of a gradient (m, n) is projected: 'left' (m to r), 'right' (n to r) or 'full' (both); 'std' takes the shorter one."
+    "Which side of a gradient (m, n) is projected: 'left', 'right' or 'full' (both); 'std' takes the shorter one."
     if kind not in KINDS: raise InputError('GaLore: kind', given=kind, expected=KINDS, nearest=nearest(kind, KINDS, 1))
     if kind in ('left', 'right', 'full'): return kind
     tall = shape[0] >= shape[1]
     return 'right' if tall == (kind == 'std') else 'left'
 
 def basis(grad: Tensor, rank: int, kind: str = 'std', generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    "The `rank` strongest directions of `grad` (m, n): 'left' (m, r), 'right' (r, n) or both, orthonormal; nearly so with a `generator` (randomized SVD)."
+    """The `rank` strongest directions of `grad` (m, n): 'left' (m, r), 'right' (r, n) or both, orthonormal.
+
+    A `generator` makes the SVD a randomized one."""
     wide = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad  # there is no SVD in 16 bits
     found = truncated_svd(wide, rank) if generator is None else randomized_svd(wide, rank, generator=generator)
     which = side(tuple(grad.shape), kind)
-    return {k: v.to(grad.dtype).contiguous() for k, v in dict(left=found.u, right=found.vh).items() if which in (k, 'full')}  # saved and loaded, the same bits
+    return {k: v.to(grad.dtype).contiguous() for k, v in dict(left=found.u, right=found.vh).items()
+            if which in (k, 'full')}  # saved and loaded, the same bits
 
 def project(grad: Tensor, held: Mapping[str, Tensor]) -> Tensor:
     "What of `grad` (m, n) lies in the subspace: P^T G, G Q^T, or P^T G Q^T."
@@ -60,9 +63,9 @@ def back(low: Tensor, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if 'left' not in held: return low, held['right']
     return (held['left'] @ low, held['right']) if 'right' in held else (held['left'], low)
 
-# %% ../../nbs/optimizers/00_galore.ipynb #51f227c8
+# %% ../../nbs/optimizers/00_galore.ipynb #15273b98
 def adam(low: Tensor, state: dict, group: dict) -> tuple[Tensor, float]:
-    "Direction N and step size of Adam for a gradient, inside or not (Kingma and Ba 2015); moments are read and written as the group stores them."
+    "Direction N and step size of Adam for a gradient, inside or not (Kingma and Ba 2015)."
     (b1, b2), t = group['betas'], state['step']
     m, v = (read_moment(state, k, low, group) for k in 'mv')
     m.mul_(b1).add_(low, alpha=1 - b1)
@@ -78,29 +81,33 @@ def sgd(low: Tensor, state: dict, group: dict) -> tuple[Tensor, float]:
     return m, group['lr']
 
 def adafactor(low: Tensor, state: dict, group: dict) -> tuple[Tensor, float]:
-    "Adafactor without momentum and with a given rate: V is kept as the means of its rows and columns (Shazeer and Stern 2018)."
+    "Adafactor with a given rate: V is kept as the means of its rows and columns (Shazeer and Stern 2018)."
     keep, square = 1 - state['step'] ** -.8, low.square() + 1e-30
     parts = dict(rows=square.mean(-1), columns=square.mean(-2)) if low.ndim > 1 else dict(v=square)
-    for k, value in parts.items(): state[k] = state[k].mul_(keep).add_(value, alpha=1 - keep) if k in state else value.mul_(1 - keep)
+    for k, value in parts.items():
+        state[k] = state[k].mul_(keep).add_(value, alpha=1 - keep) if k in state else value.mul_(1 - keep)
     if low.ndim > 1: n = low * (state['rows'] / state['rows'].mean()).rsqrt().unsqueeze(-1) * state['columns'].rsqrt()
     else: n = low * state['v'].rsqrt()
     return n / (n.norm() / math.sqrt(n.numel())).clamp(min=1), group['lr']
 
-RULES: dict[str, Callable[[Tensor, dict, dict], tuple[Tensor, float]]] = dict(adamw=adam, adam=adam, sgd=sgd, adafactor=adafactor)
+RULES: dict[str, Callable[[Tensor, dict, dict], tuple[Tensor, float]]] = dict(adamw=adam, adam=adam, sgd=sgd,
+    adafactor=adafactor)
 
-# %% ../../nbs/optimizers/00_galore.ipynb #bc064493
+# %% ../../nbs/optimizers/00_galore.ipynb #a20bec8e
 SMALL = 4096  # tensors with fewer values keep 32 bits [code: bitsandbytes' min_8bit_size]
 
 def read_moment(state: dict, key: str, low: Tensor, group: dict) -> Tensor:
-    "The moment `key` ('m' signed, 'v' not), float32 at least, zeros at first; 32-bit moments are the stored tensor itself."
+    "The moment `key` ('m' signed, 'v' not), zeros at first; in 32 bits it is the stored tensor itself."
     if key not in state: return torch.zeros_like(low)
-    if f'{key}_largest' in state: return dequantise(state[key], state[f'{key}_largest'], dynamic_map(key == 'm').to(low.device), group['block'])
+    if f'{key}_largest' in state:
+        return dequantise(state[key], state[f'{key}_largest'], dynamic_map(key == 'm').to(low.device), group['block'])
     return state[key].to(low.dtype)
 
 def write_moment(state: dict, key: str, value: Tensor, group: dict):
     "Store a moment in the group's `bits`."
     bits = 32 if value.numel() < SMALL else group['bits']
-    if bits == 8: state[key], state[f'{key}_largest'] = quantise(value, dynamic_map(key == 'm').to(value.device), group['block'])
+    if bits == 8:
+        state[key], state[f'{key}_largest'] = quantise(value, dynamic_map(key == 'm').to(value.device), group['block'])
     else: state[key] = value.bfloat16() if bits == 16 else value
 
 HALF = torch.bfloat16, torch.float16
@@ -112,7 +119,8 @@ class Stored(torch.optim.Optimizer):
 
     def add_param_group(self, group: dict):
         if odd := {*group, *self.defaults} - {'params', 'param_names', 'lr', 'initial_lr', *self.OPTIONS}:
-            raise InputError(f'{type(self).__name__}: no option {sorted(odd)[0]!r}', nearest=nearest(sorted(odd)[0], self.OPTIONS))
+            raise InputError(f'{type(self).__name__}: no option {sorted(odd)[0]!r}',
+                             nearest=nearest(sorted(odd)[0], self.OPTIONS))
         super().add_param_group(group)
         check_group(self.param_groups[-1])
 
@@ -121,26 +129,30 @@ class Stored(torch.optim.Optimizer):
         return next(i for i, q in enumerate(q for g in self.param_groups for q in g['params']) if q is p)
 
     def load_state_dict(self, state_dict: dict):
-        "As torch's, but every tensor keeps its type: torch casts state to the type of the weights, which rounds moments and breaks 8-bit codes."
+        "As torch's, which casts state to the type of the weights; here every tensor keeps its own (8-bit codes, moments)."
         super().load_state_dict(state_dict)
-        saved, here = ([p for g in groups for p in g['params']] for groups in (state_dict['param_groups'], self.param_groups))
+        saved, here = ([p for g in groups for p in g['params']]
+                       for groups in (state_dict['param_groups'], self.param_groups))
         for i, p in zip(saved, here, strict=True):
-            for k, v in state_dict['state'].get(i, {}).items(): self.state[p][k] = v.to(p.device, copy=True) if isinstance(v, Tensor) else v
+            for k, v in state_dict['state'].get(i, {}).items():
+                self.state[p][k] = v.to(p.device, copy=True) if isinstance(v, Tensor) else v
 
 def check_group(group: dict):
     "`InputError` for an option's value that is none, and for a parameter that cannot be projected to the group's rank."
     for key, known in CHOICES.items():
         if group[key] not in known: raise InputError(f'GaLore: {key}', given=group[key], expected=known)
     r, gap = group['rank'], group['gap']
-    if gap is not None and (not isinstance(gap, int) or gap < 1): raise InputError('GaLore: gap', given=gap, expected='steps >= 1, or None: one basis for ever')
+    if gap is not None and (not isinstance(gap, int) or gap < 1):
+        raise InputError('GaLore: gap', given=gap, expected='steps >= 1, or None: one basis for ever')
     for p in group['params'] if r is not None else ():
         most = min(len(p), p.numel() // max(1, len(p))) if p.ndim > 1 else 0
         if not isinstance(r, int) or not 1 <= r <= most:
             raise InputError(f'GaLore: a parameter of shape {tuple(p.shape)} cannot be projected to rank {r}',
                              expected=f'a rank from 1 to {most}' if most else 'a matrix or kernel; biases and norms go into a group without rank')
 
+# %% ../../nbs/optimizers/00_galore.ipynb #64164e04
 def new_basis(grad: Tensor, step: int, state: dict, group: dict) -> dict[str, Tensor]:
-    "A basis for `grad` as the group asks; chance follows from the parameter's seed and its step alone, so that a resumed run draws the same."
+    "A basis for `grad` as the group asks; chance follows from the parameter's seed and step, also in a resumed run."
     if group['refresh'] == 'svd': return basis(grad, group['rank'], group['kind'])
     dice = Streams(state['seed']).generator('method', step)
     if group['refresh'] == 'randomized': return basis(grad, group['rank'], group['kind'], dice)
@@ -151,16 +163,18 @@ def add_product(p: nn.Parameter, a: Tensor, b: Tensor, factor: float):
     if p.is_contiguous(): p.view(len(p), -1).addmm_(a, b, alpha=factor)
     else: p.add_((a @ b).view(p.shape), alpha=factor)
 
-# %% ../../nbs/optimizers/00_galore.ipynb #2f39f2ee
+# %% ../../nbs/optimizers/00_galore.ipynb #0b1ad58f
 class GaLore(Stored):
-    """An optimizer whose state lives in a subspace of each gradient (Zhao et al. 2024, Algorithm 2); a group without `rank` gets the plain `inner` rule.
+    """An optimizer whose state lives in a subspace of each gradient (Zhao et al. 2024, Algorithm 2).
 
-    `rank`, `gap` (None: one basis for ever), `scale`, `kind` of KINDS: the projection; `refresh`: 'svd', 'randomized', or 'random' (a control) from `seed`;
-    `inner`: adamw, adam, sgd, adafactor with `betas`, `eps`, `weight_decay`, `momentum` (sgd); `bits`: 32, 16 or 8 for the moments, 8 in blocks of `block`."""
-    OPTIONS = dict(rank=None, gap=200, scale=.25, kind='std', refresh='svd', inner='adamw', betas=(.9, .999), eps=1e-6, weight_decay=0., momentum=0.,
-                   bits=32, block=256, seed=0)
+    `rank` (None: nothing is projected), `gap` (None: one basis for ever), `scale`, `kind` of KINDS: the projection;
+    `refresh`: 'svd', 'randomized', or 'random' (a control) from `seed`; `inner`: adamw, adam, sgd, adafactor
+    with `betas`, `eps`, `weight_decay`, `momentum` (sgd); `bits`: 32, 16 or 8, in blocks of `block`."""
+    OPTIONS = dict(rank=None, gap=200, scale=.25, kind='std', refresh='svd', inner='adamw', betas=(.9, .999),
+                   eps=1e-6, weight_decay=0., momentum=0., bits=32, block=256, seed=0)
 
-    def __init__(self, params: Iterable, lr: float = 1e-2, **options: object): super().__init__(params, dict(lr=lr) | self.OPTIONS | options)
+    def __init__(self, params: Iterable, lr: float = 1e-2, **options: object):
+        super().__init__(params, dict(lr=lr) | self.OPTIONS | options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -175,7 +189,9 @@ class GaLore(Stored):
     def update(self, p: nn.Parameter, group: dict):
         "Move one parameter along its gradient; the kernel of a convolution counts as a matrix (out, rest)."
         state, grad, lr, decay, inner = self.state[p], p.grad, group['lr'], group['weight_decay'], group['inner']
-        if grad.is_sparse: raise InputError('GaLore: a sparse gradient', given=tuple(p.shape), expected='dense ones; Embedding(sparse=False)')
+        if grad.is_sparse:
+            raise InputError('GaLore: a sparse gradient', given=tuple(p.shape),
+                             expected='dense ones; Embedding(sparse=False)')
         if decay and inner in ('adam', 'sgd'): grad = grad + decay * p
         if group['rank'] is not None: grad = grad.reshape(len(p), -1)
         held = self.basis_of(p, grad, state, group)
@@ -194,12 +210,13 @@ class GaLore(Stored):
         if not step or (group['gap'] and step % group['gap'] == 0): state.update(new_basis(grad, step, state, group))
         return {k: state[k] for k in ('left', 'right') if k in state}
 
-    def move(self, p: nn.Parameter, grad: Tensor, low: Tensor, n: Tensor, size: float, group: dict, state: dict, held: dict[str, Tensor]):
+    def move(self, p: nn.Parameter, grad: Tensor, low: Tensor, n: Tensor, size: float, group: dict, state: dict,
+             held: dict[str, Tensor]):
         "W <- W - size * scale * P N; the product is added without ever being held."
         if held: add_product(p, *back(n.to(p.dtype), held), factor=-size * group['scale'])
         else: p.add_(n.to(p.dtype), alpha=-size)
 
-# %% ../../nbs/optimizers/00_galore.ipynb #430953d8
+# %% ../../nbs/optimizers/00_galore.ipynb #3718252d
 def unprojected(model: nn.Module) -> dict[str, str]:
     "Matrices that GaLore leaves whole, by name, and why."
     known = sites(model)
@@ -210,51 +227,46 @@ def unprojected(model: nn.Module) -> dict[str, str]:
         if site.view.kind == 'embedding': found[name] = 'an embedding'
         elif id(site.weight) in tied: found[name] = 'the weight of an embedding'
         elif name == last and site.view.out in words: found[name] = 'the head'
-        elif site.view.kind == 'parameter' and not site.host and not isinstance(site.module, nn.MultiheadAttention): found[name] = 'a bare parameter'
+        elif site.view.kind == 'parameter' and not site.host and not isinstance(site.module, nn.MultiheadAttention):
+            found[name] = 'a bare parameter'
     return found
 
-def galore_groups(model: nn.Module, rank: int, targets: Pattern | Iterable[Pattern] | None = None, *, exclude: Pattern | Iterable[Pattern] | None = None,
+def galore_groups(model: nn.Module, rank: int, targets: Pattern | Iterable[Pattern] | None = None, *,
+                  exclude: Pattern | Iterable[Pattern] | None = None,
                   rank_pattern: Mapping[Pattern, int] | None = None, **options: object) -> list[dict]:
-    """Parameter groups for `GaLore`: first all that is not projected, then the projected matrices, one group a rank, with `options`.
+    """Parameter groups for `GaLore`: first all that is not projected, then the matrices, one group a rank, with `options`.
 
-    `targets`, `exclude`, `rank_pattern`: patterns on the names of layers; None: every linear layer and convolution but those of `unprojected`."""
+    `targets`, `exclude`, `rank_pattern`: patterns on the names of layers; no `targets`: every linear layer and
+    convolution but those of `unprojected`."""
     left_out = unprojected(model)
-    chosen = select(model, targets, exclude, 'galore_groups') if targets is not None else _without(sites(model), left_out, exclude)
+    chosen = select(model, targets, exclude, 'galore_groups') if targets is not None else _without(sites(model),
+        left_out, exclude)
     for name in chosen:
-        if name in left_out: raise InputError(f'galore_groups: {name!r} is {left_out[name]}', expected='exclude= it, or targets without it')
+        if name in left_out:
+            raise InputError(f'galore_groups: {name!r} is {left_out[name]}',
+                             expected='exclude= it, or targets without it')
     ranks = resolve(rank_pattern, list(chosen), rank, 'galore_groups, rank_pattern')
-    projected = {id(chosen[n].weight): (chosen[n].weight, r) for n, r in ranks.items() if chosen[n].weight.requires_grad}
-    if not projected: raise InputError('galore_groups: nothing to project', given=f'{len(chosen)} layers, none requires grad' if chosen else 'no layer')
+    projected = {id(chosen[n].weight): (chosen[n].weight, r) for n, r in ranks.items()
+                 if chosen[n].weight.requires_grad}
+    if not projected:
+        raise InputError('galore_groups: nothing to project', given=f'{len(chosen)} layers, none requires grad'
+                         if chosen else 'no layer')
     plain = [p for p in model.parameters() if p.requires_grad and id(p) not in projected]
-    by_rank = {r: [p for p, of in projected.values() if of == r] for r in dict.fromkeys(r for _, r in projected.values())}
+    by_rank = {r: [p for p, of in projected.values() if of == r]
+               for r in dict.fromkeys(r for _, r in projected.values())}
     return [dict(params=plain)] * bool(plain) + [dict(params=ps, rank=r, **options) for r, ps in by_rank.items()]
 
-def _without(known: dict[str, Site], left_out: Iterable[str], exclude: Pattern | Iterable[Pattern] | None) -> dict[str, Site]:
+def _without(known: dict[str, Site], left_out: Iterable[str], exclude: Pattern | Iterable[Pattern] | None) -> dict[str,
+    Site]:
     dropped = {*left_out, *(match(exclude, list(known), 'galore_groups, exclude') if exclude is not None else ())}
     return {n: site for n, site in known.items() if n not in dropped}
 
-# %% ../../nbs/optimizers/00_galore.ipynb #bcb4bb63
-def state_values(shape: tuple[int, ...], rank: int | None = None, kind: str = 'std') -> int:
-    "Numbers that Adam keeps for a matrix (m, n): M and V, or their small copies and the basis (paper, Table 1)."
-    m, n = shape[0], math.prod(shape[1:])
-    if rank is None: return 2 * m * n
-    left, right = (side((m, n), kind) in (k, 'full') for k in ('left', 'right'))
-    return left * m * rank + right * rank * n + 2 * (rank if left else m) * (rank if right else n)
-
-def state_table(optimizer: torch.optim.Optimizer, model: nn.Module) -> pd.DataFrame:
-    "One row a parameter: name, shape, rank, side, values (numbers in state tensors), bytes (of their storages)."
-    names, rows = {id(p): n for n, p in model.named_parameters()}, []
-    for group in optimizer.param_groups:
-        for p in group['params']:
-            held = {k: v for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
-            stores = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in held.values()}
-            rows.append((names[id(p)], tuple(p.shape), group.get('rank'), '+'.join(k for k in ('left', 'right') if k in held), sum(v.numel() for v in held.values()), sum(stores.values())))
-    return pd.DataFrame(rows, columns=['name', 'shape', 'rank', 'side', 'values', 'bytes']).astype({'rank': 'Int64'})
-
-# %% ../../nbs/optimizers/00_galore.ipynb #158c711a
+# %% ../../nbs/optimizers/00_galore.ipynb #5803f039
 @cache
 def dynamic_map(signed: bool) -> Tensor:
-    "The 256 levels of 8-bit Adam, ascending: 0, 1, and in decade 10^(i-6) to 10^(i-5) the middles of 2^i (signed) or 2^(i+1) equal parts (Dettmers 2022)."
+    """The 256 levels of 8-bit Adam, ascending (Dettmers et al. 2022).
+
+    0, 1, and in the decade that ends at 10^(i-6) the middles of 2^i (signed) or 2^(i+1) equal parts, i = 0 to 6."""
     levels = [torch.tensor([0., 1.], dtype=torch.double)]
     for i in range(7):
         edges = torch.linspace(.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.double)
@@ -274,26 +286,47 @@ def dequantise(codes: Tensor, largest: Tensor, levels: Tensor, block: int = 256)
     "What `quantise` stored, float32."
     return levels[codes.long()] * largest.repeat_interleave(block)[:codes.numel()].view(codes.shape)
 
-# %% ../../nbs/optimizers/00_galore.ipynb #c26bcde3
+# %% ../../nbs/optimizers/00_galore.ipynb #fd21b37d
+def state_values(shape: tuple[int, ...], rank: int | None = None, kind: str = 'std') -> int:
+    "Numbers that Adam keeps for a matrix (m, n): M and V, or their small copies and the basis (paper, Table 1)."
+    m, n = shape[0], math.prod(shape[1:])
+    if rank is None: return 2 * m * n
+    left, right = (side((m, n), kind) in (k, 'full') for k in ('left', 'right'))
+    return left * m * rank + right * rank * n + 2 * (rank if left else m) * (rank if right else n)
+
+def state_table(optimizer: torch.optim.Optimizer, model: nn.Module) -> pd.DataFrame:
+    "One row a parameter: name, shape, rank, side, values (numbers in state tensors), bytes (of their storages)."
+    names, rows = {id(p): n for n, p in model.named_parameters()}, []
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            held = {k: v for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
+            stores = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in held.values()}
+            rows.append((names[id(p)], tuple(p.shape), group.get('rank'),
+                         '+'.join(k for k in ('left', 'right') if k in held), sum(v.numel() for v in held.values()), sum(stores.values())))
+    return pd.DataFrame(rows, columns=['name', 'shape', 'rank', 'side', 'values', 'bytes']).astype({'rank': 'Int64'})
+
+# %% ../../nbs/optimizers/00_galore.ipynb #91245430
 @contextmanager
 def in_backward(optimizer: GaLore) -> Iterator[GaLore]:
     """Within the block `backward` moves each parameter as soon as its gradient is whole, and frees the gradient.
 
-    `optimizer.step()` is still called once a batch and finds nothing left; a second gradient before it is a `RunFailed`."""
+    `optimizer.step()` is still called once a batch and finds nothing left; a second gradient before is a `RunFailed`."""
     moved: set[int] = set()
     def hook_for(i: int) -> Callable[[nn.Parameter], None]:
         def move(p: nn.Parameter):
-            if id(p) in moved: raise RunFailed('in_backward: a second gradient before step(); gradients cannot be accumulated here')
+            if id(p) in moved:
+                raise RunFailed('in_backward: a second gradient before step(); gradients cannot be accumulated here')
             moved.add(id(p))
             optimizer.update(p, optimizer.param_groups[i])
             p.grad = None
         return move
-    hooks = [p.register_post_accumulate_grad_hook(hook_for(i)) for i, group in enumerate(optimizer.param_groups) for p in group['params'] if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(hook_for(i)) for i, group in enumerate(optimizer.param_groups)
+             for p in group['params'] if p.requires_grad]
     hooks.append(optimizer.register_step_post_hook(lambda *_: moved.clear()))
     try: yield optimizer
     finally: [hook.remove() for hook in hooks]
 
-# %% ../../nbs/optimizers/00_galore.ipynb #85200de5
+# %% ../../nbs/optimizers/00_galore.ipynb #2565e414
 SIZES = {'smoke': dict(dim=32, depth=1, hidden=48, steps=4, gap=2, judged=500),
          'cpu': dict(dim=64, depth=2, hidden=172, steps=300, gap=50, judged=20_000),
          'gpu': dict(dim=128, depth=4, hidden=344, steps=1000, gap=100, judged=100_000)}
@@ -303,40 +336,63 @@ WHOLE = 1e-2  # rate of Adam for embedding, head and norms, in every arm
 def run_arm(arm: str, config: dict, seed: int, scale: str = 'cpu', device: str = 'cpu') -> dict[str, float]:
     """One run of the study: train a small LLaMA-like model on the bytes of addresses to Congress, from a random start.
 
-    Arms: adam; galore_rRANK, with _random in random subspaces; lora_rRANK, relora_rRANK (on frozen random matrices), factorised_rRANK (W = B A).
-    Metrics: `validation` and `quality`, minus the cross-entropy on validation and test text (nats a byte; minus the log of the perplexity), `state_bytes`, `trained`, `training_seconds`."""
+    Arms: adam; galore_rRANK, with _random in random subspaces; lora_rRANK, relora_rRANK (on frozen random matrices),
+    factorised_rRANK (W = B A). Metrics: `validation` and `quality`, minus the cross-entropy on validation and test
+    text (nats a byte; minus the log of the perplexity), `state_bytes`, `trained`, `training_seconds`."""
     size, streams = SIZES[scale], Streams(seed)
-    net = LanguageModel(Config(dim=size['dim'], depth=size['depth'], hidden=size['hidden'], context=CONTEXT), streams.generator('init')).to(device)
+    net = LanguageModel(Config(dim=size['dim'], depth=size['depth'], hidden=size['hidden'], context=CONTEXT),
+                        streams.generator('init')).to(device)
     optimizer, before_step = prepare(net, arm, size, streams)
     return learn(net, optimizer, config['lr'], size, streams, device, before_step)
 
-def learn(net: nn.Module, optimizer: GaLore, lr: float, size: dict, streams: Streams, device: str, before_step: Callable[[int], None]) -> dict[str, float]:
-    "Train `net`, the matrices of its blocks at rate `lr` and the rest (the first group) at WHOLE, and judge it: the metrics of `run_arm`."
+def learn(net: nn.Module, optimizer: GaLore, lr: float, size: dict, streams: Streams, device: str,
+          before_step: Callable[[int], None]) -> dict[str, float]:
+    "Train `net`, its blocks' matrices at rate `lr`, the rest (the first group) at WHOLE: the metrics of `run_arm`."
     def before(step: int):
         optimizer.param_groups[0]['lr'] = WHOLE * linear_schedule(step, size['steps'])
         before_step(step)
-    stream, start = windows(speech_tokens('train', 'bytes'), CONTEXT + 1, BATCH, streams.generator('data')), time.perf_counter()
-    fit(lambda batch: next_token_loss(net, batch.to(device)), net.parameters(), stream, steps=size['steps'], lr=lr, optimizer=optimizer, before_step=before)
+    stream, start = windows(speech_tokens('train', 'bytes'), CONTEXT + 1, BATCH,
+                            streams.generator('data')), time.perf_counter()
+    fit(lambda batch: next_token_loss(net, batch.to(device)), net.parameters(), stream, steps=size['steps'], lr=lr,
+        optimizer=optimizer, before_step=before)
     spent = time.perf_counter() - start
-    judged = {s: -math.log(perplexity(net, speech_tokens(s, 'bytes')[:size['judged']]).perplexity) for s in ('validation', 'test')}
+    judged = {s: -math.log(perplexity(net, speech_tokens(s, 'bytes')[:size['judged']]).perplexity)
+              for s in ('validation', 'test')}
     return dict(validation=judged['validation'], quality=judged['test'], state_bytes=float(state_table(optimizer, net).bytes.sum()),
                 trained=float(sum(p.numel() for p in net.parameters() if p.requires_grad)), training_seconds=spent)
 
-# %% ../../nbs/optimizers/00_galore.ipynb #51ba3cb9
+RATES = {'adam': 3.75e-4, 'lora': 6.25e-4, 'relora': 6.25e-4, 'factorised': 1.5e-3,
+         'galore': 5e-3}  # the first of five, each double the one before
+ARMS = ['adam', 'galore_r4', 'galore_r8', 'galore_r16', 'galore_r32', 'galore_r8_random', 'lora_r8', 'relora_r8',
+        'factorised_r8']
+study = Study('galore', run=run_arm, select='validation', tune_seeds=(100,), seeds=(0, 1, 2, 3, 4), arms=ARMS,
+              space={arm: {'lr': [RATES[arm.split('_')[0]] * 2**i for i in range(5)]}
+                     for arm in ARMS}, data=['data/state_of_the_union.jsonl.gz'], minutes=25,
+              claims=[Claim(key='lora', primary=True, treatment='galore_r8:quality', baseline='lora_r8:quality', delta=.05,
+                            text='nats a byte at rank 8, from a random start: GaLore above LoRA'),
+                      Claim(key='adam', treatment='galore_r16:quality', baseline='adam:quality', delta=.02,
+                            text='nats a byte: GaLore of rank 16 against full Adam', expect='a small loss, that closes with the rank'),
+                      Claim(key='subspace', treatment='galore_r8:quality', baseline='galore_r8_random:quality', delta=.02,
+                            text="nats a byte at rank 8: the gradient's own directions above random ones")])
+
+# %% ../../nbs/optimizers/00_galore.ipynb #7109b8f2
 def prepare(net: nn.Module, arm: str, size: dict, streams: Streams) -> tuple[GaLore, Callable[[int], None]]:
     "The optimizer of an arm, after the model was changed for it, and what is to be done before each step."
     kind, *rest = arm.split('_')
     rank, nothing = int(rest[0][1:]) if rest else None, lambda step: None
     if kind == 'galore':
-        return GaLore(galore_groups(net, rank, gap=size['gap'], refresh='random' if 'random' in rest else 'svd'), seed=streams.seed('method')), nothing
+        return GaLore(galore_groups(net, rank, gap=size['gap'], refresh='random' if 'random' in rest else 'svd'),
+                      seed=streams.seed('method')), nothing
     if kind in ('lora', 'relora'):
         handle = adapt(net, LoRA(rank=rank), 'blocks.*', seed=streams.seed('init'))
         for name, p in net.named_parameters(): p.requires_grad_(p.requires_grad or not inside(name))
     if kind == 'factorised':
         for name in [n for n in sites(net) if inside(n)]: replace(net, name, factorised(net.get_submodule(name), rank))
-    groups = [[p for n, p in net.named_parameters() if p.requires_grad and inside(n) == where] for where in (False, True)]
+    groups = [[p for n, p in net.named_parameters() if p.requires_grad and inside(n) == where]
+              for where in (False, True)]
     optimizer = GaLore([dict(params=ps) for ps in groups])
-    return optimizer, restarts(handle, optimizer, 2 * size['gap'], streams.generator('method')) if kind == 'relora' else nothing
+    return optimizer, restarts(handle, optimizer, 2 * size['gap'],
+                               streams.generator('method')) if kind == 'relora' else nothing
 
 def inside(name: str) -> bool:
     "Whether a parameter or layer belongs to the matrices of the blocks."
@@ -345,13 +401,14 @@ def inside(name: str) -> bool:
 def factorised(layer: nn.Linear, rank: int) -> nn.Sequential:
     "W = B A of `rank`, started at the best copy of the layer's own start."
     kept = truncated_svd(layer.weight.detach(), rank)
-    new = nn.Sequential(nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)).to(layer.weight.device)
+    new = nn.Sequential(nn.Linear(layer.in_features, rank, bias=False),
+                        nn.Linear(rank, layer.out_features, bias=False)).to(layer.weight.device)
     b, a = kept.factors()
     with torch.no_grad(): new[0].weight.copy_(a), new[1].weight.copy_(b)
     return new
 
 def restarts(handle: AdapterHandle, optimizer: GaLore, every: int, generator: torch.Generator) -> Callable[[int], None]:
-    "ReLoRA: each `every` steps the products are added to the frozen weights, the factors start anew and their moments are forgotten (Lialin et al. 2023)."
+    "ReLoRA: each `every` steps products join the frozen weights, factors and moments start anew (Lialin et al. 2023)."
     @torch.no_grad()
     def before(step: int):
         if not step or step % every: return
@@ -361,15 +418,3 @@ def restarts(handle: AdapterHandle, optimizer: GaLore, every: int, generator: to
             part.a.copy_(kaiming(tuple(part.a.shape), generator)), part.b.zero_()
             for p in (part.a, part.b): optimizer.state.pop(p, None)
     return before
-
-# %% ../../nbs/optimizers/00_galore.ipynb #c34dfbad
-RATES = {'adam': 3.75e-4, 'lora': 6.25e-4, 'relora': 6.25e-4, 'factorised': 1.5e-3, 'galore': 5e-3}  # the first of five, each double the one before
-ARMS = ['adam', 'galore_r4', 'galore_r8', 'galore_r16', 'galore_r32', 'galore_r8_random', 'lora_r8', 'relora_r8', 'factorised_r8']
-study = Study('galore', run=run_arm, select='validation', tune_seeds=(100,), seeds=(0, 1, 2, 3, 4), arms=ARMS,
-              space={arm: {'lr': [RATES[arm.split('_')[0]] * 2**i for i in range(5)]} for arm in ARMS}, data=['data/state_of_the_union.jsonl.gz'], minutes=25,
-              claims=[Claim(key='lora', primary=True, treatment='galore_r8:quality', baseline='lora_r8:quality', delta=.05,
-                            text='nats a byte at rank 8, from a random start: GaLore above LoRA'),
-                      Claim(key='adam', treatment='galore_r16:quality', baseline='adam:quality', delta=.02,
-                            text='nats a byte: GaLore of rank 16 against full Adam', expect='a small loss, that closes with the rank'),
-                      Claim(key='subspace', treatment='galore_r8:quality', baseline='galore_r8_random:quality', delta=.02,
-                            text="nats a byte at rank 8: the gradient's own directions above random ones")])
