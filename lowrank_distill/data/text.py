@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.errors import InputError, nearest
 from ..core.files import asset
 
-# %% ../../nbs/data/01_text.ipynb #9592f36d
+# %% ../../nbs/data/01_text.ipynb #663d9913
 class Pair(NamedTuple):
     "A question with one of its answers."
     topic: str
@@ -36,10 +36,13 @@ def _pairs() -> tuple[Pair, ...]:
     with gzip.open(asset('data/chatterbot_english.jsonl.gz'), 'rt', encoding='utf-8') as f:
         return tuple(Pair(**json.loads(line)) for line in f)
 
+def _known_split(who: str, split: str):
+    if split not in SPLITS:
+        raise InputError(f'{who}: no split {split!r}', expected=SPLITS, nearest=nearest(str(split), SPLITS, 1))
+
 def conversations(split: str = 'train', topics: str | Iterable[str] | None = None) -> list[Pair]:
     "Pairs of `split` (about 80, 10 and 10 % of the questions, by hash) on `topics`, None: all."
-    if split not in SPLITS:
-        raise InputError(f'conversations: no split {split!r}', expected=SPLITS, nearest=nearest(split, SPLITS, 1))
+    _known_split('conversations', split)
     known = {p.topic for p in _pairs()}
     wanted = known if topics is None else {topics} if isinstance(topics, str) else set(topics)
     for topic in sorted(wanted - known):
@@ -108,11 +111,7 @@ def state_of_the_union(split: str = 'train', years: Iterable[int] | None = None,
                          expected=_span({a.year for _, a in _addresses()}))
     return found
 
-# %% ../../nbs/data/01_text.ipynb #97a47efa
-def _known_split(who: str, split: str):
-    if split not in SPLITS:
-        raise InputError(f'{who}: no split {split!r}', expected=SPLITS, nearest=nearest(str(split), SPLITS, 1))
-
+# %% ../../nbs/data/01_text.ipynb #b6b5382d
 def _span(years: set[int] | None) -> str: return 'no year' if not years else f'{min(years)} to {max(years)}'
 
 # %% ../../nbs/data/01_text.ipynb #5fdf5866

@@ -114,11 +114,11 @@ study = Study('fira', run=run_arm, select='validation', tune_seeds=(100,), seeds
                       Claim(key='scaling', treatment='fira_r16:quality', baseline='fira_r16_unscaled:quality', delta=.05,
                             text='nats a byte at rank 16: Fira above Fira without scaling')])
 
-# %% ../../nbs/optimizers/01_fira.ipynb #4b571653
+# %% ../../nbs/optimizers/01_fira.ipynb #b2c3c3fc
 def stretch(optimizer: GaLore, p: nn.Parameter) -> tuple[float, Tensor]:
     "phi of a matrix as a whole, and of its columns or rows, right after a step (of full Adam where nothing is projected)."
     state, grad = optimizer.state[p], p.grad.reshape(len(p), -1)
     held = {k: state[k] for k in ('left', 'right') if k in state}
-    n = state['m'].reshape(project(grad, held).shape) / (state['v'].reshape(project(grad, held).shape).sqrt() + 1e-6)
     low, which = project(grad, held), next(iter(held), side(tuple(grad.shape)))
+    n = state['m'].reshape(low.shape) / (state['v'].reshape(low.shape).sqrt() + 1e-6)
     return factors(n, low, which, 'matrix').item(), factors(n, low, which).flatten()
