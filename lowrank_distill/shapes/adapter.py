@@ -29,7 +29,7 @@ from ..core.layers import LayerView, Pattern, Site, resolve, select, sites, view
 from ..core.streams import Streams
 from ..core.taps import call_model, modes_kept
 
-# %% ../../nbs/shapes/00_adapter.ipynb #c2845327
+# %% ../../nbs/shapes/00_adapter.ipynb #69319a26
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec(abc.ABC):
     "What to attach: JSON values only. A subclass names its `method` (a catalogue key or module) and which field is its rank."
@@ -50,6 +50,14 @@ class AdapterSpec(abc.ABC):
 
     @property
     def rank(self) -> int: return getattr(self, self.rank_field)
+
+    def most(self, layer: LayerView) -> int:
+        "The largest rank that the layer can have: what its delta can reach, unless the method's ranks mean something else."
+        return min(layer.out, layer.inp)
+
+    def joint(self, layers: Mapping[str, LayerView], ranks: Mapping[str, int]) -> 'AdapterSpec':
+        "The spec after one look at all layers of an `adapt` call and their ranks: for methods whose layers share something."
+        return self
 
     def at(self, rank: int | None = None, alpha: float | None = None) -> 'AdapterSpec':
         "The same spec with another rank or alpha."
@@ -77,7 +85,7 @@ def _fits(value: object, kind: object) -> bool:
     wanted = {'int': int, 'float': (int, float), 'str': str, 'bool': bool}.get(_name(kind))
     return wanted is None or (isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)))
 
-# %% ../../nbs/shapes/00_adapter.ipynb #7d1c74f2
+# %% ../../nbs/shapes/00_adapter.ipynb #b7070d0c
 class Adapter(nn.Module, abc.ABC):
     "What one layer gets. Parameters are trained, buffers are not; both are saved."
 
@@ -92,6 +100,11 @@ class Adapter(nn.Module, abc.ABC):
     @abc.abstractmethod
     def delta(self) -> Tensor | None:
         "What is added to the weight, as a matrix (out, inp); None where it depends on the input."
+
+    @property
+    def rank_now(self) -> int:
+        "The rank that acts at this moment; that of the spec, unless the method moves it."
+        return self.spec.rank
 
     def product(self) -> tuple[Tensor, Tensor, float] | None:
         "`a` (r, inp), `b` (out, r) and a scale with delta = scale * b @ a; None where the delta is no such product."
@@ -216,17 +229,18 @@ def adapt(model: nn.Module, spec: AdapterSpec, targets: Pattern | Iterable[Patte
     for n, adapter in built.items(): _attach(layers[n], name, adapter)
     return AdapterHandle(model, name)
 
-# %% ../../nbs/shapes/00_adapter.ipynb #de59886a
+# %% ../../nbs/shapes/00_adapter.ipynb #b6a1269a
 def _plan(layers: Mapping[str, Site], spec: AdapterSpec, rank_pattern, alpha_pattern) -> dict[str, AdapterSpec]:
     "The spec of each layer, ranks and alphas resolved; a rank that a layer cannot have is an `InputError`."
     ranks = resolve(rank_pattern, list(layers), None, 'rank_pattern')
     alphas = resolve(alpha_pattern, list(layers), None, 'alpha_pattern')
+    spec = spec.joint({n: s.view for n, s in layers.items()}, {n: spec.at(r).rank for n, r in ranks.items()})
     plan = {n: spec.at(ranks[n], alphas[n]) for n in layers}
     for n, site in layers.items():
         v, r = site.view, plan[n].rank
         if v.kind not in spec.kinds: raise InputError(f'adapt: {spec.method} cannot adapt {n!r}', given=v.kind, expected=spec.kinds)
-        if not 0 <= r <= min(v.out, v.inp):
-            raise InputError(f'adapt: rank {r} does not fit layer {n!r} of {v.out} x {v.inp}', expected=f'0 to {min(v.out, v.inp)}; '
+        if not 0 <= r <= (most := plan[n].most(v)):
+            raise InputError(f'adapt: rank {r} does not fit layer {n!r} of {v.out} x {v.inp}', expected=f'0 to {most}; '
                              'a rank_pattern gives single layers another rank')
     return plan
 
@@ -271,7 +285,7 @@ def _attach(site: Site, name: str, adapter: Adapter):
 
 def _child(site: Site) -> str: return CHILD if site.view.kind != 'parameter' else f'{CHILD}_{site.param}'
 
-# %% ../../nbs/shapes/00_adapter.ipynb #c0cad91e
+# %% ../../nbs/shapes/00_adapter.ipynb #5a7bfeb9
 class AdapterHandle:
     "The adapters called `name` in `model`."
 
@@ -282,13 +296,17 @@ class AdapterHandle:
         "The adapter of each adapted layer, by the layer's name; empty after `remove`."
         return {n: m.adapters[self.name] for n, m in adapted(self.model).items() if self.name in m.adapters}
 
+    def ranks(self) -> dict[str, int]:
+        "The rank that acts at this moment in each layer."
+        return {n: a.rank_now for n, a in self.layers.items()}
+
     def parameters(self) -> list[nn.Parameter]:
         "What an optimizer gets."
         return [p for a in self.layers.values() for p in a.parameters() if p.requires_grad]
 
     def table(self) -> pd.DataFrame:
         "One row a layer: layer, kind, shape (of the weight), rank, trainable (numbers), bytes (of all that is stored), formed (numbers of the delta that each forward pass forms)."
-        rows = [dict(layer=n, kind=a.layer.kind, shape=a.layer.shape, rank=a.spec.rank, trainable=sum(p.numel() for p in a.parameters()),
+        rows = [dict(layer=n, kind=a.layer.kind, shape=a.layer.shape, rank=a.rank_now, trainable=sum(p.numel() for p in a.parameters()),
                      bytes=sum(t.numel() * t.element_size() for t in a.state_dict().values()),
                      formed=a.layer.out * a.layer.inp if a.layer.kind == 'parameter' else 0) for n, a in self.layers.items()]
         return pd.DataFrame(rows, columns=['layer', 'kind', 'shape', 'rank', 'trainable', 'bytes', 'formed'])
