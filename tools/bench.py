@@ -9,6 +9,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from lowrank_distill.adapters.lora import LoRA
 from lowrank_distill.analysis.cka import compare, gram, grams
 from lowrank_distill.core.files import write_json
+from lowrank_distill.core.recording import Recorder
 from lowrank_distill.core.runs import processor, resolve_device
+from lowrank_distill.explorers.cka import CKAExplorer, record_grams
 from lowrank_distill.models.teachers import embedded
 from lowrank_distill.shapes.adapter import adapt
 from lowrank_distill.shapes.objective import kl
@@ -121,7 +124,26 @@ def cka_maps(device: str, repeats: int) -> list[Ratio]:
     return [beside('CKA map of 16 x 16 layers / the 32 Grams alone', ours, pure, device, few, '<= 2'), beside('CKA map of 16 x 16 layers / a loop over pairs', ours, naive, device, 5, '<= 0.1')]
 
 
-BENCHMARKS: dict[str, Callable[[str, int], list[Ratio]]] = dict(lora=lora_step, bytes=adapter_bytes, kl=chunked_kl, cka=cka_maps)
+def explorer_views(device: str, repeats: int) -> list[Ratio]:
+    "The CKA explorer on 64 x 64 layers and 96 rows: from a change of its state to the new figure, in tenths of a second; a step seen for the first time, and one seen before. `ratio` is the 95th percentile, then median and most."
+    names, rows, steps = [f'layer_{i}' for i in range(64)], torch.randn(96, 32), max(20, repeats)
+    net = nn.Sequential()
+    for name in names: net.add_module(name, nn.Linear(32, 32))
+    with tempfile.TemporaryDirectory() as folder:
+        with Recorder(folder, 'run', 0) as recorder:
+            for step in range(steps):
+                for p in net.parameters(): nn.init.normal_(p, std=32**-.5)
+                record_grams(recorder, net, rows, step=step)
+        explorer = CKAExplorer(folder)
+        def show(step: int):
+            explorer.change(step=step)
+            explorer.draw(*explorer.shown())
+        show(steps - 1)
+        times = {name: [timed(lambda step=step: show(step), 'cpu') / .1 for step in range(steps - 1)] for name in ('first time', 'seen before')}
+    return [Ratio(f'CKA explorer, 64 x 64 layers, a step {name}: 95th percentile / 100 ms', 'time', statistics.quantiles(t, n=20, method='inclusive')[-1], statistics.median(t), max(t), '<= 1') for name, t in times.items()]
+
+
+BENCHMARKS: dict[str, Callable[[str, int], list[Ratio]]] = dict(lora=lora_step, bytes=adapter_bytes, kl=chunked_kl, cka=cka_maps, explorer=explorer_views)
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
