@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
@@ -20,7 +21,9 @@ def readme() -> tuple[str, dict[str, bytes]]:
     text, more = MarkdownExporter(config=c).from_filename(str(ROOT/'nbs'/'index.ipynb'),
                                                          resources={'output_files_dir': 'nbs/pictures', 'unique_key': 'index'})
     text = re.sub(r'^```\n(?=from |import |handle)', '```python\n', text, flags=re.M)
-    text = re.sub(r'!\[jpeg\]', '![Accuracy against rank for DyLoRA, a cut LoRA and eight separate LoRAs]', text)
+    cells = nbformat.read(ROOT/'nbs'/'index.ipynb', 4).cells
+    said = iter(o.metadata['image/jpeg'].get('alt', '') for c in cells for o in c.get('outputs', []) if 'image/jpeg' in o.get('data', {}))
+    text = re.sub(r'!\[jpeg\]', lambda _: f'![{next(said)}]', text)
     text = re.sub(r'^[ ]+$', '', text, flags=re.M)
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', more['outputs']
 

@@ -76,7 +76,7 @@ def page(root: str | Path | None = None) -> 'ipywidgets.VBox':
     damaged = {n: e for _, wrong in found.values() for n, e in wrong.items() if isinstance(e, DamagedFile)}
     return W.VBox([W.HTML(_heading(root, damaged)), tabs])
 
-# %% ../../nbs/explorers/03_app.ipynb #83054648
+# %% ../../nbs/explorers/03_app.ipynb #9dc04645
 def _nothing(title: str, wrong: Mapping[str, InputError]) -> str:
     "What a tab says when no recording fits."
     reasons = ''.join(f'<li><b>{html.escape(n)}</b>: {html.escape(str(e))}</li>' for n, e in wrong.items())
@@ -85,7 +85,7 @@ def _nothing(title: str, wrong: Mapping[str, InputError]) -> str:
 def _heading(root: Path, damaged: Mapping[str, InputError]) -> str:
     "The page's first lines: where it looks, and the runs that cannot be read."
     said = ''.join(f'<p role="alert">{html.escape(n)} is left out: {html.escape(str(e))}</p>' for n, e in damaged.items())
-    return f'<h1 style="font-size: 1.3rem; margin: .2rem 0">lowrank-distill</h1><p>{len(recordings(root))} recorded runs in {html.escape(root.resolve().name)}.</p>{said}'
+    return f'<h1 style="font-size: 1.3rem; margin: .2rem 0">lowrank-distill</h1><p>{len(recordings(root))} recordings in {html.escape(root.resolve().name)}.</p>{said}'
 
 # %% ../../nbs/explorers/03_app.ipynb #7b18c1ad
 @contextlib.contextmanager

@@ -334,10 +334,10 @@ def export(explorer: Explorer, path: Path) -> Path:
 def _own_page(explorer: Explorer, state: Mapping[str, object], frame: pd.DataFrame) -> str:
     return page(type(explorer).__name__, explorer.figure(), explorer.caption(state, frame), table_html(frame, 2000), explorer.state)
 
-# %% ../../nbs/explorers/00_base.ipynb #ffaf835d
+# %% ../../nbs/explorers/00_base.ipynb #8813744b
 _CSS = """<style>
 .lrd-explorer .js-plotly-plot .main-svg { background: transparent !important } .lrd-explorer .js-plotly-plot .main-svg :is(.bglayer, .legend) .bg { fill: transparent !important }
-.lrd-explorer .js-plotly-plot .main-svg text { fill: var(--jp-ui-font-color1, currentColor) !important }
+.lrd-explorer .js-plotly-plot .main-svg text:not(.heatmap-label text) { fill: var(--jp-ui-font-color1, currentColor) !important }
 .lrd-explorer .js-plotly-plot .main-svg .updatemenu-button text, .lrd-explorer .js-plotly-plot .hoverlayer text { fill: #222 !important }
 .lrd-explorer .widget-html-content { line-height: 1.45; color: var(--jp-ui-font-color1, inherit); overflow-wrap: anywhere }
 .lrd-explorer table { border-collapse: collapse; font-size: 12px } .lrd-explorer :is(th, td) { padding: 2px 12px 2px 0; text-align: left; border-bottom: 1px solid var(--jp-border-color2, #ccc) }
