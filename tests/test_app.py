@@ -70,11 +70,21 @@ def work(ranks: Ranks, folder: Path):
     ranks.said('cut at 0 keeps 0.0%')
     ranks.slide('cut', 'End')
     ranks.said(r'cut at \d+ keeps 100.0%')
+    click(ranks, ranks.box.locator('.subplot.x2y2 .barlayer .point path').nth(2))
+    ranks.said('cut at 3 keeps')
     ranks.choose('ranks of', 'energy')
     ranks.said("ranks of 'energy'")
     ranks.write('file', str(folder.parent/'pattern.json'), 'save')
     ranks.box.get_by_text('Saved pattern.json.').wait_for(timeout=20_000)
     wrong_paths(ranks)
+
+def click(ranks: Ranks, part):
+    "The mouse comes to the middle of a part of the figure, waits for the label, and clicks."
+    part.scroll_into_view_if_needed()
+    box = part.bounding_box()
+    ranks.page.mouse.move(box['x'] + box['width'] / 2, box['y'] + box['height'] - 2)
+    ranks.box.locator('.hoverlayer .hovertext').first.wait_for(timeout=20_000)
+    ranks.page.mouse.click(box['x'] + box['width'] / 2, box['y'] + box['height'] - 2)
 
 def wrong_paths(ranks: Ranks):
     before = ranks.caption()

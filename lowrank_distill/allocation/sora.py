@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIZES', 'ALPHA', 'FINDS', 'SHRINK', 'study', 'SoRA', 'SoRALayer', 'soft_threshold', 'threshold_in_place',
            'ProximalAdamW', 'prune', 'pruned', 'alpha_pattern', 'one_pass', 'Sparsify', 'thresholds', 'adapted_vit',
-           'close_gates', 'rank_sizes', 'half_masks', 'run_arm', 'sample_run']
+           'close_gates', 'rank_sizes', 'half_masks', 'run_arm']
 
-# %% ../../nbs/allocation/00_sora.ipynb #6dbb3862
+# %% ../../nbs/allocation/00_sora.ipynb #4dd85b23
 import glob
 import math
 import time
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from ..adapters.lora import LoRA, LoRALayer, kaiming
 from ..core.errors import InputError
 from ..core.evidence import Claim, Study
 from ..core.layers import LayerView
-from ..core.linalg import svd_of_product
 from ..core.recording import Recorder
 from ..core.streams import Streams
 from ..data.images import Labelled, fashion_mnist, shift
@@ -237,10 +235,10 @@ def thresholds(kind: str, start: float, stop: float, n: int) -> list[float]:
     first, last = forth(start), forth(stop)
     return [back(first + (last - first) * i / max(1, n - 1)) for i in range(n)]
 
-# %% ../../nbs/allocation/00_sora.ipynb #7c39a438
+# %% ../../nbs/allocation/00_sora.ipynb #04c5fb0a
 SIZES = {'smoke': (6, 128, 100), 'cpu': (200, 10_000, 3000), 'gpu': (3000, 10_000, 10_000)}  # steps, training rows, test rows
 ALPHA, FINDS = 16., {'lr': 2e-2}  # strength of all arms; settings of the SoRA that finds a pattern
-SHRINK = {'half': (1.6, 1e-2), 'fast': (2.3, 3e-2), 'dense': (0., 1e-2)}  # steps times threshold, of which the schedule leaves about half; rate of the gates
+SHRINK = {'half': (1.6, 1e-2), 'fast': (2.3, 3e-2), 'dense': (0., 1e-2)}  # steps times threshold (the falling rate applies about half of it); rate of the gates
 
 def adapted_vit(data: Labelled, steps: int, seed: int, config: Mapping[str, float], shrink: str = '', **options) -> AdapterHandle:
     """The embedded transformer after `steps` of `config` (lr) on `data`: a SoRA that shrinks as `SHRINK[shrink]` says, or with '' a LoRA with `options` of `adapt`.
@@ -273,11 +271,11 @@ def half_masks(handle: AdapterHandle, how: str, generator: torch.Generator) -> d
     middle = torch.cat([s for s in sizes.values()]).median()
     return {n: s > middle for n, s in sizes.items()}
 
-# %% ../../nbs/allocation/00_sora.ipynb #cfb3ef6d
+# %% ../../nbs/allocation/00_sora.ipynb #5b01f0c6
 def run_arm(arm: str, config: dict, seed: int, scale: str = 'cpu', device: str = 'cpu') -> dict[str, float]:
     """One run of the study: adapt the embedded vision transformer, 24 matrices, to garments turned by 90 degrees.
 
-    Arms: lora_RANK; sora_half, sora_fast (its gates three times as fast); dense (gates, no threshold; then half of them closed); pattern (a LoRA with the ranks that sora_fast finds). Metrics:
+    Arms: lora_RANK; sora_half, sora_fast (its gates three times as fast); dense (gates, no threshold; then half of them closed); pattern (a LoRA with the ranks that sora_fast finds at the rate of `FINDS`). Metrics:
     `validation` (what tuning may see), `accuracy` on test images, `kept` (share of 192 ranks), `numbers` (of the adapter), `training_seconds`; of sora also
     rank_BLOCK_MODULE, of dense `random` and `size`: test accuracy with half of the gates."""
     steps, rows, judged = SIZES[scale]
@@ -314,19 +312,3 @@ study = Study('sora', run=run_arm, select='validation', tune_seeds=(100,), seeds
                             text='the same SoRA against LoRA of rank 4 everywhere, about the same count'),
                       Claim(key='random', treatment='sora_half:accuracy', baseline='dense:random', delta=.05,
                             text='the same SoRA above gates that are trained without a threshold and half of them closed at random')])
-
-# %% ../../nbs/allocation/00_sora.ipynb #44515d43
-def sample_run(folder: str | Path, steps: int = 240, seed: int = 0, threshold: float = 1.5e-2) -> Path:
-    "Record one SoRA on the study's bench into `folder`, run 'sora': loss, 'rank' and 'gate' of each matrix every 20 steps, 'singular_value' of its update every 40."
-    data, net = shift(fashion_mnist('train'), 'rotate', 90), embedded('vit')
-    handle = adapt(net, SoRA(alpha=ALPHA), 'blocks.*', seed=Streams(seed).seed('init'))
-    loader = Batches((data.images, data.labels), 64)
-    with Recorder(folder, 'sora', seed) as recorder:
-        def spectra(at: Progress, losses: Mapping[str, float]):
-            if at.step % 40 and at.step + 1 < at.steps: return
-            for n, p in handle.layers.items():
-                a, b, factor = p.product()
-                recorder.vector('singular_value', factor * svd_of_product(b.detach(), a.detach()).s, at.step, layer=n)
-        train(Sparsify(handle, lambda b: F.cross_entropy(net(b[0]), b[1]), loader, steps=steps, xis=threshold, lr=2e-2, gate_lr=3e-2, follow_rate=True,
-                       recorder=recorder, every=20), seed=seed, progress=spectra, recorder=recorder)
-    return Path(folder)

@@ -188,7 +188,7 @@ def _layer_row(run: Run, step: int, name: str, cut: int, cost: int | None, total
     recorded = run.rank.loc[name, step]
     return (name, *run.shapes.get(name, (nan, nan)), 0 if np.isnan(recorded) else int(recorded), cut, nan if cost is None else cost * cut, error, change, gain, gain / cost if cost else nan)
 
-# %% ../../nbs/explorers/02_ranks.ipynb #c42d06e1
+# %% ../../nbs/explorers/02_ranks.ipynb #6593df71
 class RankExplorer(Explorer):
     "Ranks of recorded runs: over steps, behind a cut, and under a budget."
     keys = ('layer',)
@@ -198,14 +198,12 @@ class RankExplorer(Explorer):
     def controls(self) -> list[Control]:
         self.runs = runs(self.recording)
         first = max(self.runs.values(), key=lambda r: (bool(r.singular), r.rank.nunique(axis=1).max() > 1))  # one in which something moves
-        allocators = list(dict.fromkeys(n for r in self.runs.values() for n in self._allocators(r)))
+        spectral = ['uniform', 'energy', 'response', 'first ranks'] if first.singular else []
         longest = max((len(s) for r in self.runs.values() for s in r.singular.values()), default=0)
-        return [Control('run', 'choice', 'run', tuple(self.runs), first.name), Control('allocator', 'choice', 'ranks of', tuple(allocators), 'energy' if first.singular else f'run: {first.name}'),
+        return [Control('run', 'choice', 'run', tuple(self.runs), first.name), Control('allocator', 'choice', 'ranks of', (*spectral, *(f'run: {n}' for n in self.runs)), 'energy' if first.singular else f'run: {first.name}'),
                 Control('layer', 'choice', 'layer', tuple(dict.fromkeys(n for r in self.runs.values() for n in r.layers))),
                 Control('cut', 'range', 'cut', (0, max(1, longest), 1), min(2, max(1, longest))), Control('budget', 'range', 'budget, %', (0, 100, 1), 30),
                 Control('unit', 'choice', 'counted in', UNITS)]
-
-    def _allocators(self, run: Run) -> list[str]: return [*(['uniform', 'energy', 'response', 'first ranks'] if run.singular else []), f'run: {run.name}']
 
     def frame(self, state: Mapping[str, object]) -> pd.DataFrame:
         run, step = self.at(state)

@@ -6,8 +6,9 @@
 __all__ = ['Make', 'layers', 'Bare', 'algebra', 'shake', 'training', 'copies', 'files', 'functional', 'precisions', 'networks',
            'network', 'adapter']
 
-# %% ../../nbs/shapes/04_conform.ipynb #75d3a0ad
+# %% ../../nbs/shapes/04_conform.ipynb #31fbff58
 import copy
+import glob
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, RunFailed, must
-from ..core.layers import sites
+from ..core.layers import select, sites
 from .adapter import AdapterHandle, AdapterSpec, adapt, adapted, capabilities, handle_of, load_adapter
 
 # %% ../../nbs/shapes/04_conform.ipynb #0d0a1379
@@ -217,7 +218,7 @@ def _small(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
 
-# %% ../../nbs/shapes/04_conform.ipynb #5b80dbfc
+# %% ../../nbs/shapes/04_conform.ipynb #867ce208
 def networks() -> dict[str, Callable[[], tuple[nn.Module, object, list[str]]]]:
     "Name -> a function that makes (network in eval mode, batch, targets): GPT-2, a Llama, BERT, ViT, torch's Transformer, a U-Net of diffusers."
     return dict(gpt2=_gpt2, llama=_llama, bert=_bert, vit=_vit, transformer=_transformer, unet=_unet)
@@ -232,7 +233,7 @@ def network(spec: Make, name: str):
 def _network(spec: Make, name: str):
     model, batch, targets = networks()[name]()
     model.requires_grad_(False)  # `adapt` does so too, and torch takes other kernels for weights that need no gradient
-    targets = [t for t in targets if any(s.view.kind in spec(2).kinds for n, s in sites(model).items() if t.lstrip('*.') in n)]
+    targets = [glob.escape(n) for n, s in select(model, targets).items() if s.view.kind in spec(2).kinds]
     out, keys = _run(model, batch), {k: v.clone() for k, v in model.state_dict().items()}
     modules, written = [n for n, _ in model.named_modules()], _saved(model)
     handle = adapt(model, spec(2), targets)
