@@ -188,7 +188,7 @@ def _layer_row(run: Run, step: int, name: str, cut: int, cost: int | None, total
     recorded = run.rank.loc[name, step]
     return (name, *run.shapes.get(name, (nan, nan)), 0 if np.isnan(recorded) else int(recorded), cut, nan if cost is None else cost * cut, error, change, gain, gain / cost if cost else nan)
 
-# %% ../../nbs/explorers/02_ranks.ipynb #6593df71
+# %% ../../nbs/explorers/02_ranks.ipynb #5145ed3a
 class RankExplorer(Explorer):
     "Ranks of recorded runs: over steps, behind a cut, and under a budget."
     keys = ('layer',)
@@ -206,8 +206,7 @@ class RankExplorer(Explorer):
                 Control('unit', 'choice', 'counted in', UNITS)]
 
     def frame(self, state: Mapping[str, object]) -> pd.DataFrame:
-        run, step = self.at(state)
-        return layer_table(run, step, self.allocations(state)[self.chosen(state)].ranks, state['unit'])
+        return layer_table(*self.at(state), self.allocations(state)[self.chosen(state)].ranks, state['unit'])
 
     def at(self, state: Mapping[str, object]) -> tuple[Run, int]:
         "The run of a state, and its recorded step at or before the state's (or its first)."
@@ -218,8 +217,7 @@ class RankExplorer(Explorer):
         "All allocators' answers at the step and budget of a state."
         run, step = self.at(state)
         full = sum(unit_costs(run.shapes, state['unit'])[n] * len(s) for n, s in run.spectra(step).items())
-        key = ('allocate', run.name, step, state['budget'], state['unit'])
-        return self.kept(key, lambda: allocate(run, step, full * state['budget'] // 100, state['unit'], self.runs))
+        return self.kept(('allocate', run.name, step, state['budget'], state['unit']), lambda: allocate(run, step, full * state['budget'] // 100, state['unit'], self.runs))
 
     def chosen(self, state: Mapping[str, object]) -> str:
         "The allocator of a state, or the run's own ranks where it has nothing to offer."
@@ -239,12 +237,11 @@ class RankExplorer(Explorer):
         return 0., float(max([1, *(t.max().max() for t in tables)]))
 
     def clicked(self, state: Mapping[str, object], trace: int, x: object, y: object) -> dict[str, object]:
-        run, step = self.at(state)
-        names = list(self.allocations(state))
+        (run, _), names = self.at(state), list(self.allocations(state))
         if trace == OVER_TIME: return dict(step=run.steps[int(x)], layer=run.layers[int(y)])
         if trace == SPECTRUM: return dict(cut=int(x))
-        if trace == SIDE_BY_SIDE: return dict(layer=run.layers[int(y)], allocator=names[int(x)])
-        return dict(layer=run.layers[int(y)]) if trace == NEXT else {}
+        row = dict(layer=run.layers[int(y)]) if trace in (SIDE_BY_SIDE, NEXT) else {}
+        return row | (dict(allocator=names[int(x)]) if trace == SIDE_BY_SIDE else {})
 
     def draw(self, state: Mapping[str, object], frame: pd.DataFrame) -> 'go.Figure': return _draw(self, state, frame)
     def plot(self, state: Mapping[str, object], frame: pd.DataFrame) -> 'Figure': return _plot(self, state, frame)
