@@ -3,17 +3,13 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from lowrank_distill.core.files import asset
+from lowrank_distill.explorers.app import started
 
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--disable-dev-shm-usage']
 LOCAL = re.compile(r'(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|(data|blob|about):')
@@ -48,28 +44,8 @@ def write_notebook(path: Path, source: str):
 @contextmanager
 def served(folder: Path, *arguments: str) -> Iterator[str]:
     "The address of a server of Jupyter (`python -m` with `arguments`) in `folder`, with its own settings; it is ended with the block."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
     own = {f'JUPYTER_{name}_DIR': str(folder/f'.{name}') for name in ('CONFIG', 'RUNTIME')} | {f'JUPYTERLAB_{name}_DIR': str(folder/f'.{name}') for name in ('SETTINGS', 'WORKSPACES')}
-    env = os.environ | own | {'JUPYTER_PATH': str(asset('jupyter')), 'OMP_NUM_THREADS': '1'}
-    log = folder/'server.log'
-    with log.open('w') as out: server = subprocess.Popen([sys.executable, '-m', *arguments, '--no-browser', f'--port={port}'], cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        _await(server, port, log)
-        yield f'http://127.0.0.1:{port}'
-    finally:
-        server.terminate()
-        try: server.wait(10)
-        except subprocess.TimeoutExpired: server.kill()
-
-def _await(server: subprocess.Popen, port: int, log: Path, seconds: float = 120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert server.poll() is None, log.read_text()[-2000:]
-        try: return socket.create_connection(('127.0.0.1', port), 1).close()
-        except OSError: time.sleep(.1)
-    raise TimeoutError(log.read_text()[-2000:])
+    with started(folder, *arguments, environment=own | {'OMP_NUM_THREADS': '1'}, seconds=120) as (port, _): yield f'http://127.0.0.1:{port}'
 
 @contextmanager
 def voila(folder: Path, source: str, theme: str = 'light') -> Iterator[str]:

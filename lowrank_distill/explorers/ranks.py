@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OVER_TIME', 'NOW', 'SPECTRUM', 'ENERGY', 'TRAINED', 'SIDE_BY_SIDE', 'LAYER', 'NEXT', 'record_adapters', 'responses',
-           'Run', 'runs', 'allocate', 'layer_table', 'RankExplorer', 'cut_of', 'sample']
+           'Run', 'runs', 'allocate', 'full_cost', 'layer_table', 'RankExplorer', 'cut_of', 'sample']
 
 # %% ../../nbs/explorers/02_ranks.ipynb #ae2da705
 import glob
@@ -135,7 +135,7 @@ def _vectors(frame: pd.DataFrame, name: str) -> dict[tuple[int, str], Tensor]:
     rows = frame[frame.name == name].sort_values('index', kind='stable')
     return {key: torch.from_numpy(part.value.to_numpy(copy=True)) for key, part in rows.groupby(['step', 'layer'])}
 
-# %% ../../nbs/explorers/02_ranks.ipynb #8da146ad
+# %% ../../nbs/explorers/02_ranks.ipynb #c7a20e0d
 def allocate(run: Run, step: int, budget: int, unit: str = 'parameters', others: Mapping[str, Run] | None = None) -> dict[str, Allocation]:
     """What each allocator makes of `budget`, by name: uniform, energy, response and 'first ranks' on the spectra of `run` at `step`, then the ranks of all recorded runs at that step or the last before it.
 
@@ -151,6 +151,11 @@ def allocate(run: Run, step: int, budget: int, unit: str = 'parameters', others:
     for name, other in {run.name: run, **(others or {})}.items():
         if set(run.layers) <= set(other.layers): found[f'run: {name}'] = _chosen(other, run, step, budget, unit, singular)
     return found
+
+def full_cost(run: Run, step: int, unit: str = 'parameters') -> int:
+    "What all singular directions of `run` at `step` cost together."
+    costs = unit_costs(run.shapes, unit)
+    return sum(costs[n] * len(s) for n, s in run.spectra(step).items())
 
 # %% ../../nbs/explorers/02_ranks.ipynb #452b4edf
 def _first(run: Run, step: int, equal: Allocation) -> Allocation:
@@ -188,7 +193,7 @@ def _layer_row(run: Run, step: int, name: str, cut: int, cost: int | None, total
     recorded = run.rank.loc[name, step]
     return (name, *run.shapes.get(name, (nan, nan)), 0 if np.isnan(recorded) else int(recorded), cut, nan if cost is None else cost * cut, error, change, gain, gain / cost if cost else nan)
 
-# %% ../../nbs/explorers/02_ranks.ipynb #5145ed3a
+# %% ../../nbs/explorers/02_ranks.ipynb #0e28ff1c
 class RankExplorer(Explorer):
     "Ranks of recorded runs: over steps, behind a cut, and under a budget."
     keys = ('layer',)
@@ -216,8 +221,8 @@ class RankExplorer(Explorer):
     def allocations(self, state: Mapping[str, object]) -> dict[str, Allocation]:
         "All allocators' answers at the step and budget of a state."
         run, step = self.at(state)
-        full = sum(unit_costs(run.shapes, state['unit'])[n] * len(s) for n, s in run.spectra(step).items())
-        return self.kept(('allocate', run.name, step, state['budget'], state['unit']), lambda: allocate(run, step, full * state['budget'] // 100, state['unit'], self.runs))
+        key = ('allocate', run.name, step, state['budget'], state['unit'])
+        return self.kept(key, lambda: allocate(run, step, full_cost(run, step, state['unit']) * state['budget'] // 100, state['unit'], self.runs))
 
     def chosen(self, state: Mapping[str, object]) -> str:
         "The allocator of a state, or the run's own ranks where it has nothing to offer."

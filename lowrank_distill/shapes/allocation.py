@@ -6,14 +6,13 @@
 __all__ = ['UNITS', 'unit_costs', 'Allocation', 'as_pattern', 'uniform', 'kept_energy', 'energy', 'rank_pattern', 'record_ranks',
            'check_moved']
 
-# %% ../../nbs/shapes/12_allocation.ipynb #2c45be88
+# %% ../../nbs/shapes/12_allocation.ipynb #144ff6c6
 import glob
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from ..core.errors import InputError, RunFailed, nearest

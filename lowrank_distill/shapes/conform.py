@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Make', 'layers', 'Bare', 'algebra', 'shake', 'training', 'copies', 'files', 'functional', 'precisions', 'networks',
-           'network', 'adapter']
+           'network', 'fitting', 'adapter']
 
 # %% ../../nbs/shapes/04_conform.ipynb #31fbff58
 import copy
@@ -218,7 +218,7 @@ def _small(seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
 
-# %% ../../nbs/shapes/04_conform.ipynb #867ce208
+# %% ../../nbs/shapes/04_conform.ipynb #fb174aab
 def networks() -> dict[str, Callable[[], tuple[nn.Module, object, list[str]]]]:
     "Name -> a function that makes (network in eval mode, batch, targets): GPT-2, a Llama, BERT, ViT, torch's Transformer, a U-Net of diffusers."
     return dict(gpt2=_gpt2, llama=_llama, bert=_bert, vit=_vit, transformer=_transformer, unet=_unet)
@@ -230,10 +230,14 @@ def network(spec: Make, name: str):
     try: _network(spec, name)
     finally: torch.backends.mha.set_fastpath_enabled(fused)
 
+def fitting(model: nn.Module, targets: list[str], kinds: tuple[str, ...]) -> list[str]:
+    "The layers of `model` that `targets` mean and that are of one of `kinds`, as patterns."
+    return [glob.escape(n) for n, s in select(model, targets).items() if s.view.kind in kinds]
+
 def _network(spec: Make, name: str):
     model, batch, targets = networks()[name]()
     model.requires_grad_(False)  # `adapt` does so too, and torch takes other kernels for weights that need no gradient
-    targets = [glob.escape(n) for n, s in select(model, targets).items() if s.view.kind in spec(2).kinds]
+    targets = fitting(model, targets, spec(2).kinds)
     out, keys = _run(model, batch), {k: v.clone() for k, v in model.state_dict().items()}
     modules, written = [n for n, _ in model.named_modules()], _saved(model)
     handle = adapt(model, spec(2), targets)
